@@ -1,0 +1,58 @@
+# make demo    the main job on real text: swap the module into two models, train, compare (about 2 minutes)
+# make test    the tests (under 15 minutes on 2 cores)
+# make full    the tests marked `slow` too
+# make lint    formatting, lint, types: what the pre-commit hooks run
+# make clean   removes the environment and what builds leave behind
+#
+# Each makes .venv first where it is missing or older than pyproject.toml. Variables:
+#   PYTHON       the interpreter to make .venv with (3.10 or newer)
+#   TORCH_SPEC   what pip installs as torch; quoted options may follow, such as an index with CPU-only builds
+#   PYTEST_ARGS  added to pytest's arguments
+
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+PYTEST_ARGS ?=
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.dev-installed
+
+.PHONY: demo test full slow lint env clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m attn demo
+
+test: $(INSTALLED)
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+full: $(INSTALLED)
+	@$(BIN)/pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+slow: $(INSTALLED)
+	@$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+lint: $(DEV_INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+env: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "attn needs Python 3.10 or newer; %s is %d.%d. Cure: make PYTHON=python3.11 ..." % (sys.executable, v[0], v[1]))'
+	@echo "== 1/3 an environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "== 2/3 $(TORCH_SPEC) (several minutes where it has to be downloaded)"
+	@$(BIN)/python -m pip install $(TORCH_SPEC)
+	@echo "== 3/3 this package, with what its tests and its demo need"
+	@$(BIN)/python -m pip install -e ".[test,bench]"
+	@touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	@$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,156 @@
+"""What every backend is: a capability as data, a sentence when it cannot, and the passes it runs.
+
+A backend never sees a call that its own `why_not` refuses, and nobody else knows its limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attn.backends import proven
+from attn.spec import AttentionSpec, DecodeOperands, Operands
+
+Forward = tuple[Tensor, Tensor, Tensor]
+"""(out, m, l): out (B, Hq, L, Dv) laid out in memory as (B, L, Hq, Dv); m, l (B, Hq, L) contiguous float32
+(float64 for float64): a finite shift per row in natural units, at most 8 ln 2 below the row's maximum score, and the
+row sum of exp(s - m). A dead row has out 0, m -inf, l 0."""
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""(dq, dk, dv, d_bias), each in the dtype of its input; d_bias in the 4-D shape of `Operands.bias`, or None."""
+
+FEATURES = {  # spec field -> the words of the refusal
+    "grouped": "grouped-query heads",
+    "band": "causal or window masks",
+    "prefix": "prefix masks",
+    "key_lengths": "key lengths",
+    "query_lengths": "query lengths",
+    "documents": "document masks",
+    "keep": "dense bool masks",
+    "bias": "a bias or dense float mask",
+    "bias_grad": "the gradient of a bias",
+    "alibi": "ALiBi",
+    "softcap": "softcap",
+    "dropout": "dropout",
+    "paged": "a paged cache",
+    "lse": "returning the lse",
+    "weights": "returning attention weights",
+    "grad": "gradients",
+    "deterministic": "deterministic gradients",
+}
+ALL = frozenset(FEATURES)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend can run. `features` names the fields of `AttentionSpec` (keys of FEATURES) that may be set."""
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    ops: frozenset[str] = frozenset({"attention", "varlen", "decode"})
+    features: frozenset[str] = ALL
+    max_head_dim: int = 256
+    value_dim_differs: bool = True
+
+
+@dataclass
+class Backend:
+    """Base of all backends; `forward`, `backward`, `weights` and `decode` are what a kernel backend provides."""
+
+    name: ClassVar[str]
+    capability: ClassVar[Capability]
+    whole_call: ClassVar[bool] = False  # provides `call` with autograd of its own instead of the passes
+    needs_proof: ClassVar[bool] = False  # on a GPU: chosen by itself only where committed results passed
+    warned: bool = field(default=False, init=False)
+
+    def available(self) -> str | None:
+        """None where this backend can work on this machine, else one sentence: what is missing and the cure."""
+        return None
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        """What the capability table cannot say; overridden by backends with such limits."""
+        return None
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        """None if this backend can run `spec`, else one sentence that says why not."""
+        able = self.capability
+        missing = self.available()
+        if missing is not None:
+            return missing
+        if spec.device not in able.devices:
+            return f"runs on {_listed(able.devices)}, not on {spec.device}"
+        if spec.dtype not in able.dtypes:
+            names = _listed(str(d).removeprefix("torch.") for d in able.dtypes)
+            return f"takes {names}, not {str(spec.dtype).removeprefix('torch.')}"
+        if spec.op not in able.ops:
+            return f"does not do {spec.op} calls"
+        largest = max(spec.head_dim, spec.value_dim)
+        if largest > able.max_head_dim:
+            return f"takes head_dim up to {able.max_head_dim}, not {largest}"
+        if spec.head_dim != spec.value_dim and not able.value_dim_differs:
+            return f"needs equal head dims, not {spec.head_dim} for query and {spec.value_dim} for value"
+        for name, words in FEATURES.items():
+            if getattr(spec, name) and name not in able.features:
+                return f"does not do {words}"
+        return self.refuses(spec)
+
+    def unproven(self, spec: AttentionSpec) -> str | None:
+        """Why the planner may not take this backend by itself although it could run (`use_backend` still may)."""
+        if not self.needs_proof or spec.device == "cpu":
+            return None
+        return proven.why_not(self.name, spec)
+
+    def forward(self, x: Operands) -> Forward:
+        raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract
+
+    def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
+        """Probabilities after dropout from the residuals: (B, L, S) averaged over heads, or (B, Hq, L, S); q's dtype."""
+        raise NotImplementedError(f"backend {self.name} returns no weights")  # abstract
+
+    def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Forward and weights together; a backend that can share work between them overrides this."""
+        out, m, l = self.forward(x)
+        return out, m, l, self.weights(x, m, l, average)
+
+    def backward(
+        self,
+        x: Operands,
+        residuals: Forward,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        d_weights: Tensor | None,
+        needs_bias_grad: bool,
+    ) -> Gradients:
+        """Gradients from what forward left. `d_weights` has 3 dims for averaged weights, 4 for per-head ones."""
+        raise NotImplementedError(f"backend {self.name} has no backward pass of its own")  # abstract
+
+    def decode(self, x: DecodeOperands) -> tuple[Tensor, Tensor]:
+        """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq) float32)."""
+        raise NotImplementedError(f"backend {self.name} does not decode")  # abstract
+
+    def call(self, spec: AttentionSpec, x: Operands) -> Tensor:
+        """Whole-call backends only: out, recorded by PyTorch's own autograd."""
+        raise NotImplementedError(f"backend {self.name} works by passes, not by whole calls")  # abstract
+
+    def tile(self, spec: AttentionSpec) -> tuple[int, int]:
+        """(queries, keys) of the tile it would use: tests take their boundary lengths from it."""
+        return 64, 64
+
+
+def _listed(words: object) -> str:
+    return " or ".join(sorted(words))  # type: ignore[call-overload]
+
+
+def empty_out(x: Operands) -> Tensor:
+    """An output (B, Hq, L, Dv) whose memory is (B, L, Hq, Dv): what the output projection reads without a copy."""
+    B, H, L, _ = x.q.shape
+    return x.q.new_empty(B, L, H, x.v.shape[-1]).transpose(1, 2)
+
+
+def empty_like_rows(t: Tensor) -> Tensor:
+    """An uninitialised tensor of t's shape (B, H, L, D) laid out as (B, L, H, D)."""
+    B, H, L, D = t.shape
+    return t.new_empty(B, L, H, D).transpose(1, 2)
