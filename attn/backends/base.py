@@ -20,7 +20,8 @@ Forward = tuple[Tensor, Tensor, Tensor]
 row sum of exp(s - m). A dead row has out 0, m -inf, l 0."""
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""(dq, dk, dv, d_bias), each in the dtype of its input; d_bias in the 4-D shape of `Operands.bias`, or None."""
+"""(dq, dk, dv, d_bias), each in the dtype of its input; dq, dk, dv laid out in memory as (B, L, H, D), d_bias
+contiguous in the 4-D shape of `Operands.bias`, or None where it is not asked for."""
 
 FEATURES = {  # spec field -> the words of the refusal
     "grouped": "grouped-query heads",
@@ -140,6 +141,16 @@ class Backend:
         return 64, 64
 
 
+observers: list[list[tuple[str, str]]] = []
+"""Lists to which every pass that runs is appended as (backend, pass): how tests prove which backend served."""
+
+
+def record(backend: str, what: str) -> None:
+    """Tell the observers that a backend runs "forward", "backward", "decode", or a whole "call"."""
+    for seen in observers:
+        seen.append((backend, what))
+
+
 def _listed(words: object) -> str:
     return " or ".join(sorted(words))  # type: ignore[call-overload]
 
@@ -154,3 +165,8 @@ def empty_like_rows(t: Tensor) -> Tensor:
     """An uninitialised tensor of t's shape (B, H, L, D) laid out as (B, L, H, D)."""
     B, H, L, D = t.shape
     return t.new_empty(B, L, H, D).transpose(1, 2)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """t (B, H, L, D) in the memory layout (B, L, H, D); a copy only where it has another."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)

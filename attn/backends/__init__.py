@@ -1,0 +1,23 @@
+"""Where backends are listed: one line each, in the order in which the planner asks them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from attn.backends.base import Backend
+
+BACKENDS = {
+    "sdpa": "attn.backends.sdpa:SdpaBackend",
+    "reference": "attn.backends.reference:ReferenceBackend",
+}
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The one object of that backend. Raises ValueError for a name that is not listed."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; known backends: {', '.join(BACKENDS)}")
+    module, _, kind = BACKENDS[name].partition(":")
+    made: Backend = getattr(importlib.import_module(module), kind)()
+    return made
