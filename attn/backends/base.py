@@ -45,6 +45,15 @@ FEATURES = {  # spec field -> the words of the refusal
 ALL = frozenset(FEATURES)
 
 
+class _AnyDevice(frozenset[str]):
+    def __contains__(self, device: object) -> bool:
+        return True
+
+
+ANY_DEVICE = _AnyDevice()
+"""For backends written in torch: every device type that torch has."""
+
+
 @dataclass(frozen=True)
 class Capability:
     """What a backend can run. `features` names the fields of `AttentionSpec` (keys of FEATURES) that may be set."""
@@ -63,7 +72,7 @@ class Backend:
 
     name: ClassVar[str]
     capability: ClassVar[Capability]
-    whole_call: ClassVar[bool] = False  # provides `call` with autograd of its own instead of the passes
+    whole_call: ClassVar[bool] = False  # provides `call`, with PyTorch's autograd, instead of the passes
     needs_proof: ClassVar[bool] = False  # on a GPU: chosen by itself only where committed results passed
     warned: bool = field(default=False, init=False)
 
@@ -103,6 +112,10 @@ class Backend:
         if not self.needs_proof or spec.device == "cpu":
             return None
         return proven.why_not(self.name, spec)
+
+    def only_forced(self, spec: AttentionSpec) -> str | None:
+        """Why the planner leaves this backend to `backend=` and `use_backend` (an interpreter is no kernel)."""
+        return None
 
     def forward(self, x: Operands) -> Forward:
         raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract

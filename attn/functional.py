@@ -1,0 +1,215 @@
+"""The public calls: each checks its arguments once, asks the planner for a backend and runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attn import masks, ops, planner, reference
+from attn.masks import Mask
+from attn.operands import checked, spec_of
+from attn.planner import Explanation
+from attn.spec import Operands
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention with every feature: softmax(scale * q kᵀ + bias, masked) v.
+
+    Args:
+        q: (B, Hq, L, D), float32, bfloat16, float16 or float64, any strides.
+        k: (B, Hkv, S, D) with Hq a multiple of Hkv (grouped-query attention, Ainslie et al. 2023).
+        v: (B, Hkv, S, Dv).
+        mask: what `attn.masks` makes, or None. A row without a visible key gives output 0, lse -inf, gradient 0.
+        bias: float tensor broadcastable to (B, Hq, L, S), added in float32 to the scaled scores; -inf hides. Its
+            gradient, reduced over the broadcast dims, comes back in its own dtype.
+        alibi_slopes: (Hq,) or (B, Hq): adds -slope * |i + S - L - j| (Press et al. 2022).
+        dropout_p: probability in [0, 1] with which a weight is dropped, the others divided by 1 - p; bits by
+            Philox4x32-7 from a seed that torch's default generator of the device gives per call.
+        scale: factor of the scores; None means 1 / sqrt(D).
+        softcap: c > 0 turns scaled scores s into c * tanh(s / c) before bias and mask (Gemma 2, 2024).
+        return_lse: also return the log-sum-exp of each row.
+        backend: a name of `attn.available_backends()` that must run the call; None lets the planner choose.
+
+    Returns:
+        out (B, Hq, L, Dv) in q's dtype, and with `return_lse` also lse (B, Hq, L), natural log, float32 (float64 for
+        float64), differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype; a bare tensor as mask.
+        ValueError: a shape, device, number or backend name that does not fit; lengths outside [0, S] on CPU.
+        RuntimeError: a forced backend cannot run the call.
+    """
+    x = checked(q, k, v, mask, bias, alibi_slopes, dropout_p, scale, softcap)
+    out, lse, _ = run(x, return_lse, "", backend)
+    return (out, lse) if lse is not None else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, plus `backend`.
+
+    Args:
+        query: (..., Hq, L, D), at least two dims.
+        key: (..., Hkv, S, D); Hkv may differ from Hq only with `enable_gqa`, as a divisor of it.
+        value: (..., Hkv, S, Dv).
+        attn_mask: bool (True = attend) or float (added) tensor broadcastable to (..., Hq, L, S).
+        dropout_p: as in `attention`.
+        is_causal: query i sees keys j <= i; not together with `attn_mask`.
+        scale: as in `attention`.
+        enable_gqa: allow fewer key heads than query heads.
+        backend: as in `attention`.
+
+    Returns:
+        (..., Hq, L, Dv) in the query's dtype.
+
+    Raises:
+        RuntimeError: what PyTorch's function refuses, in one clear sentence; a forced backend that cannot run the call.
+        TypeError: an argument that is no tensor. ValueError: an unknown backend, a number out of range.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}; give a tensor")
+    mask = None
+    if attn_mask is not None:
+        if is_causal:
+            raise RuntimeError("attn_mask and is_causal=True exclude each other; put the causal mask into attn_mask")
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask is {type(attn_mask).__name__}; give a bool or float tensor, or None")
+    elif is_causal:
+        mask = _CAUSAL
+    lead = query.shape[:-2]
+    if len(lead) != 2 or key.shape[:-2] != lead or value.shape[:-2] != lead:
+        query, key, value, attn_mask = _four_dims(query, key, value, attn_mask, enable_gqa)
+    try:
+        if attn_mask is not None:
+            mask = masks.dense(attn_mask)
+        x = checked(query, key, value, mask, None, None, dropout_p, scale, None, ("query", "key", "value"))
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(str(error)) from None
+    out = run(x, False, "", backend)[0]
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+_CAUSAL = masks.causal()
+
+
+def _four_dims(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands as (B, heads, length, head_dim): leading dims broadcast as PyTorch does, then folded into B."""
+    tensors = (query, key, value)
+    if min(t.dim() for t in tensors) < 2:
+        raise RuntimeError(f"query, key and value need at least 2 dims, got {[tuple(t.shape) for t in tensors]}")
+    keep = 3 if enable_gqa and min(t.dim() for t in tensors) > 2 else 2  # grouped heads do not broadcast
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:-keep] for t in tensors))
+    except RuntimeError:
+        cure = "" if enable_gqa else " (fewer key heads than query heads need enable_gqa=True)"
+        raise RuntimeError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}: "
+            f"their leading dims do not broadcast{cure}"
+        ) from None
+    wide = [t.expand(*lead, *t.shape[-keep:]) for t in tensors]
+    dims = wide[0].dim()
+    if dims < 4:
+        query, key, value = (t[(None,) * (4 - dims)] for t in wide)
+        return query, key, value, attn_mask
+    if attn_mask is not None and attn_mask.dim() > 3 and dims > 4:
+        attn_mask = attn_mask.expand(*lead[: dims - 3], *attn_mask.shape[-3:]).flatten(0, -4)
+    query, key, value = (t.flatten(0, -4) for t in wide)
+    return query, key, value, attn_mask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    weights: str = "",
+    backend: str | None = None,
+    default_backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`attention` for modules: (out, lse or None, weights or None).
+
+    `weights` is "", "mean" for (B, L, S) averaged over the heads or "heads" for (B, Hq, L, S): probabilities after
+    dropout in q's dtype, differentiable. `default_backend` yields to `use_backend`, `backend` does not.
+    """
+    x = checked(q, k, v, mask, bias, alibi_slopes, dropout_p, scale, softcap)
+    return run(x, return_lse, weights, backend, default_backend)
+
+
+def run(
+    x: Operands, return_lse: bool = False, weights: str = "", backend: str | None = None, default: str | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, weights or None) of checked operands, by the backend that the planner chooses."""
+    spec = spec_of(x, return_lse, weights)
+    chosen = planner.choose(spec, backend, default)
+    if forward_ad._current_level >= 0:  # forward-mode derivatives: before anything looks at requires_grad
+        return _from_reference(x, return_lse, weights)
+    if not chosen.whole_call:
+        return ops.attention(x, weights, chosen.name, return_lse, spec.grad, spec.bias_grad)
+    if ops.functorch_active():  # PyTorch's fused kernels have no batching rule and no second derivative
+        return _from_reference(x, return_lse, weights)
+    out = chosen.call(spec, x)
+    return ops.twice_differentiable(out, x) if spec.grad else out, None, None
+
+
+def _from_reference(x: Operands, return_lse: bool, weights: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    out, lse, w = reference.attend(x, weights)
+    return out, lse if return_lse else None, w
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    weights: str = "",
+    backend: str | None = None,
+) -> Explanation:
+    """What the planner would do with `attention(q, k, v, ...)`: `.chosen`, `.reasons`, and a table when printed.
+
+    Nothing runs. Raises what `attention` raises for its arguments; a forced backend that cannot run the call raises
+    nothing here: `.chosen` is None and its reason says why.
+    """
+    x = checked(q, k, v, mask, bias, alibi_slopes, 0.0, scale, softcap)
+    spec = spec_of(x, return_lse, weights)._replace(dropout=dropout_p > 0)
+    return planner.explain_spec(spec, backend)
