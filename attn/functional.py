@@ -90,58 +90,69 @@ def scaled_dot_product_attention(
         RuntimeError: what PyTorch's function refuses, in one clear sentence; a forced backend that cannot run the call.
         TypeError: an argument that is no tensor. ValueError: an unknown backend, a number out of range.
     """
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}; give a tensor")
-    mask = None
-    if attn_mask is not None:
-        if is_causal:
-            raise RuntimeError("attn_mask and is_causal=True exclude each other; put the causal mask into attn_mask")
-        if not isinstance(attn_mask, Tensor):
-            raise TypeError(f"attn_mask is {type(attn_mask).__name__}; give a bool or float tensor, or None")
-    elif is_causal:
-        mask = _CAUSAL
-    lead = query.shape[:-2]
-    if len(lead) != 2 or key.shape[:-2] != lead or value.shape[:-2] != lead:
-        query, key, value, attn_mask = _four_dims(query, key, value, attn_mask, enable_gqa)
+    _check_tensors(query, key, value, attn_mask)
+    mask = _CAUSAL if is_causal else None
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("attn_mask and is_causal=True exclude each other; put the causal mask into attn_mask")
+    lead = None
+    if not _is_four_dims(query, key, value, enable_gqa):
+        query, key, value, attn_mask, lead = _four_dims(query, key, value, attn_mask, enable_gqa)
     try:
         if attn_mask is not None:
             mask = masks.dense(attn_mask)
         x = checked(query, key, value, mask, None, None, dropout_p, scale, None, ("query", "key", "value"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # what PyTorch raises for a tensor or a number that does not fit
         raise RuntimeError(str(error)) from None
     out = run(x, False, "", backend)[0]
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
 
 
 _CAUSAL = masks.causal()
 
 
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        kinds = ", ".join(type(t).__name__ for t in (query, key, value))
+        raise TypeError(f"query, key, value are {kinds}; give tensors")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask is {type(attn_mask).__name__}; give a bool or float tensor, or None")
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise RuntimeError("query, key or value is a nested tensor; pad it, or pack it and call attn.varlen_attention")
+
+
+def _is_four_dims(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether nothing has to be broadcast or folded."""
+    q, k, v = query.shape, key.shape, value.shape
+    same = len(q) == 4 == len(k) == len(v) and q[0] == k[0] == v[0] and k[1] == v[1]
+    return same and (enable_gqa or q[1] == k[1])
+
+
 def _four_dims(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The operands as (B, heads, length, head_dim): leading dims broadcast as PyTorch does, then folded into B."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
+    """The tensors as (B, heads, length, head_dim), leading dims broadcast as PyTorch does and folded into B, and the
+    leading dims of the result."""
     tensors = (query, key, value)
     if min(t.dim() for t in tensors) < 2:
         raise RuntimeError(f"query, key and value need at least 2 dims, got {[tuple(t.shape) for t in tensors]}")
-    keep = 3 if enable_gqa and min(t.dim() for t in tensors) > 2 else 2  # grouped heads do not broadcast
+    last = 3 if enable_gqa and min(t.dim() for t in tensors) > 2 else 2  # grouped heads do not broadcast
     try:
-        lead = torch.broadcast_shapes(*(t.shape[:-keep] for t in tensors))
+        lead = torch.broadcast_shapes(*(t.shape[:-last] for t in tensors))  # type: ignore[no-untyped-call]
     except RuntimeError:
         cure = "" if enable_gqa else " (fewer key heads than query heads need enable_gqa=True)"
         raise RuntimeError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}: "
             f"their leading dims do not broadcast{cure}"
         ) from None
-    wide = [t.expand(*lead, *t.shape[-keep:]) for t in tensors]
-    dims = wide[0].dim()
+    wide = [t.expand(*lead, *t.shape[-last:]) for t in tensors]
+    dims, result = wide[0].dim(), wide[0].shape[:-2]
     if dims < 4:
-        query, key, value = (t[(None,) * (4 - dims)] for t in wide)
-        return query, key, value, attn_mask
-    if attn_mask is not None and attn_mask.dim() > 3 and dims > 4:
-        attn_mask = attn_mask.expand(*lead[: dims - 3], *attn_mask.shape[-3:]).flatten(0, -4)
-    query, key, value = (t.flatten(0, -4) for t in wide)
-    return query, key, value, attn_mask
+        wide = [t[(None,) * (4 - dims)] for t in wide]
+    else:
+        if attn_mask is not None and attn_mask.dim() > 3 and dims > 4:
+            attn_mask = attn_mask.expand(*result[:-1], *attn_mask.shape[-3:]).flatten(0, -4)
+        wide = [t.flatten(0, -4) for t in wide]
+    return wide[0], wide[1], wide[2], attn_mask, result
 
 
 def attend(
@@ -170,7 +181,11 @@ def attend(
 
 
 def run(
-    x: Operands, return_lse: bool = False, weights: str = "", backend: str | None = None, default: str | None = None
+    x: Operands,
+    return_lse: bool = False,
+    weights: str = "",
+    backend: str | None = None,
+    default: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, weights or None) of checked operands, by the backend that the planner chooses."""
     spec = spec_of(x, return_lse, weights)

@@ -34,18 +34,19 @@ def checked(
     Raises TypeError for a wrong kind or dtype and ValueError for a wrong shape, device or number.
     """
     check_qkv(q, k, v, names)
-    B, H, L, D = q.shape
-    _, Hkv, S, _ = k.shape
-    if k.shape[0] != B or v.shape[0] != B:
-        raise ValueError(f"{_shapes(q, k, v, names)}: the batch sizes (dim 0) must be equal")
-    if v.shape[1] != Hkv or v.shape[2] != S:
-        raise ValueError(f"{_shapes(q, k, v, names)}: key and value must agree in heads (dim 1) and length (dim 2)")
-    if H != Hkv and (Hkv == 0 or H % Hkv):
+    B, H, _, D = q.shape
+    Bk, Hkv, S, _ = k.shape
+    if (Bk, Hkv, S) != v.shape[:3] or Bk != B:
+        raise ValueError(
+            f"{_shapes(q, k, v, names)}: batch sizes (dim 0) must be equal, and key and value must agree in heads "
+            "(dim 1) and length (dim 2)"
+        )
+    if Hkv != H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"{_shapes(q, k, v, names)}: query heads ({H}) must be a multiple of key heads ({Hkv})")
     q, k, v = cast_under_autocast(q, k, v)
     check_dtype(q, k, v, names)
-    scale = _scale(scale, D)
-    cap = 0.0 if softcap is None else _softcap(softcap)
+    scale = scale_of(scale, D)
+    cap = 0.0 if softcap is None else softcap_of(softcap)
     seed = None
     if dropout_p != 0.0:
         check_dropout(dropout_p)
@@ -62,32 +63,37 @@ def checked(
 
 def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
     """The static description of a call; every field an int, a bool or a string, nothing symbolic."""
-    q, k, v, bias = x.q, x.k, x.v, x.bias
+    q, k, v, bias, keep, slopes, key_lengths, query_lengths, ids_q, _, prefix, packed, _, seed, left, right, end, *_ = x
     bias_grad = bias is not None and bias.requires_grad
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad)
     device = q.device
-    band = ("end" if x.end else "start") if x.left != UNBOUNDED or x.right != UNBOUNDED else ""
+    kind = device.type
+    _, heads, _, head_dim = q.shape
+    _, kv_heads, _, value_dim = v.shape
+    band = ""
+    if left != UNBOUNDED or right != UNBOUNDED:
+        band = "end" if end else "start"
     return AttentionSpec(
-        "attention" if x.cu_seqlens_q is None else "varlen",
-        device.type,
+        "attention" if packed is None else "varlen",
+        kind,
         q.dtype,
-        "" if device.type != "cuda" else _arch(device),
-        int(q.shape[-1]),
-        int(v.shape[-1]),
-        bool(k.shape[1] != q.shape[1]),
+        "" if kind != "cuda" else _arch(device),
+        int(head_dim),
+        int(value_dim),
+        bool(heads != kv_heads),
         band,
-        bool(band and x.left == UNBOUNDED and x.right == 0 and x.prefix is None),
-        x.prefix is not None,
-        x.key_lengths is not None,
-        x.query_lengths is not None,
-        x.ids_q is not None,
-        x.keep is not None,
+        bool(band and left == UNBOUNDED and right == 0 and prefix is None),
+        prefix is not None,
+        key_lengths is not None,
+        query_lengths is not None,
+        ids_q is not None,
+        keep is not None,
         bias is not None,
         bool(grad and bias_grad),
-        x.alibi_slopes is not None,
+        slopes is not None,
         bool(x.softcap > 0),
         bool(x.scale > 0),
-        x.rng is not None,
+        seed is not None,
         False,
         lse,
         weights,
@@ -104,18 +110,30 @@ def _arch(device: torch.device) -> str:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], dims: int = 4) -> None:
     """Kinds, number of dims, head dims and devices of query, key and value."""
-    for name, t in zip(names, (q, k, v), strict=True):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}; give a tensor")
-        if t.is_nested or t.layout is not torch.strided:
-            raise ValueError(f"{name} is a nested or sparse tensor; pad it, or pack it and call attn.varlen_attention")
-        if t.dim() != dims:
-            wanted = "(B, heads, length, head_dim)" if dims == 4 else "(tokens, heads, head_dim)"
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {wanted}")
+    if not (_is_plain(q, dims) and _is_plain(k, dims) and _is_plain(v, dims)):
+        for name, t in zip(names, (q, k, v), strict=True):
+            _refuse(name, t, dims)
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"{_shapes(q, k, v, names)}: query and key must share a head_dim >= 1, value have one >= 1")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{names[0]} is on {q.device}, {names[1]} on {k.device}, {names[2]} on {v.device}; use one device")
+    device = q.device
+    if k.device != device or v.device != device:
+        raise ValueError(
+            f"{names[0]} is on {device}, {names[1]} on {k.device}, {names[2]} on {v.device}; use one device"
+        )
+
+
+def _is_plain(t: Tensor, dims: int) -> bool:
+    return isinstance(t, Tensor) and t.dim() == dims and not t.is_nested and t.layout is torch.strided
+
+
+def _refuse(name: str, t: Tensor, dims: int) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is {type(t).__name__}; give a tensor")
+    if t.is_nested or t.layout is not torch.strided:
+        raise ValueError(f"{name} is a nested or sparse tensor; pad it, or pack it and call attn.varlen_attention")
+    if t.dim() != dims:
+        wanted = "(B, heads, length, head_dim)" if dims == 4 else "(tokens, heads, head_dim)"
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {wanted}")
 
 
 def cast_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,9 +161,24 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1]")
 
 
-def number_fields(scale: float | None, softcap: float | None, head_dim: int) -> dict[str, float]:
-    """scale and softcap as operands."""
-    return {"scale": _scale(scale, head_dim), "softcap": 0.0 if softcap is None else _softcap(softcap)}
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, checked; 1 / sqrt(head_dim) by default."""
+    if scale is None:
+        return int(head_dim) ** -0.5
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale is {type(scale).__name__}; give a float, or None for 1 / sqrt(head_dim)")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    return float(scale) if isinstance(scale, int) else scale
+
+
+def softcap_of(softcap: float) -> float:
+    """The cap of the scores, checked."""
+    if not isinstance(softcap, (int, float, torch.SymFloat)):
+        raise TypeError(f"softcap is {type(softcap).__name__}; give a float > 0, or None")
+    if not softcap > 0 or (isinstance(softcap, float) and math.isinf(softcap)):
+        raise ValueError(f"softcap is {softcap}; it must be > 0 and finite, or None for none")
+    return softcap
 
 
 def slopes_of(slopes: Tensor, B: int, H: int, device: torch.device) -> Tensor:
@@ -207,8 +240,8 @@ def _with_mask(x: Operands, mask: Mask) -> Operands:
         **band,
     )
     for other in mask.also:
-        lengths = {"key_lengths": x.key_lengths, "query_lengths": x.query_lengths}
-        alone = Operands(x.q, x.k, x.v, **lengths, **band_fields(other, B, x.q.device))
+        alone = Operands(x.q, x.k, x.v, key_lengths=x.key_lengths, query_lengths=x.query_lengths)
+        alone = alone._replace(**band_fields(other, B, x.q.device))
         seen = masks.visibility(alone, L, S)
         x = x._replace(keep=seen if x.keep is None or seen is None else x.keep & seen)
     return x
@@ -271,24 +304,6 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
     """The sum of two biases in at least float32."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype) + b.to(dtype)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return int(head_dim) ** -0.5
-    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale is {type(scale).__name__}; give a float, or None for 1 / sqrt(head_dim)")
-    if isinstance(scale, (int, float)) and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    return scale
-
-
-def _softcap(softcap: float) -> float:
-    if not isinstance(softcap, (int, float, torch.SymFloat)):
-        raise TypeError(f"softcap is {type(softcap).__name__}; give a float > 0, or None")
-    if not softcap > 0 or (isinstance(softcap, float) and math.isinf(softcap)):
-        raise ValueError(f"softcap is {softcap}; it must be > 0 and finite, or None for none")
-    return softcap
 
 
 def _same_device(name: str, t: Tensor, device: torch.device) -> None:

@@ -10,6 +10,7 @@ again a function whose own derivatives, of any order, come from the reference.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,20 +32,20 @@ N_TENSORS = Operands._fields.index("rng") + 1
 N_OPERANDS = len(Operands._fields)
 _BIAS = Operands._fields.index("bias")
 
-_library = torch.library.Library("attn", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    f"attention_forward({_OPERANDS}, str weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)", tags=_tags
+_library = torch.library.Library("attn", "DEF")  # type: ignore[no-untyped-call]
+_define: Any = functools.partial(_library.define, tags=(torch.Tag.pt2_compliant_tag,))
+_impl: Any = _library.impl
+_fake: Any = functools.partial(torch.library.register_fake, lib=_library)
+_define(
+    f"attention_forward({_OPERANDS}, str weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-_library.define(
+_define(
     "attention_backward(Tensor? d_out, Tensor? d_lse, Tensor? d_weights, Tensor out, Tensor m, Tensor l, "
     f"{_OPERANDS}, bool needs_bias_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_tags,
 )
-_library.define(
+_define(
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? alibi_slopes, "
     "SymInt left, SymInt right, float scale, float softcap, str backend) -> (Tensor, Tensor)",
-    tags=_tags,
 )
 
 
@@ -58,7 +59,13 @@ def _attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _attention_backward(
-    d_out: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None, out: Tensor, m: Tensor, l: Tensor, *rest: Any
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    d_weights: Tensor | None,
+    out: Tensor,
+    m: Tensor,
+    l: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *operands, needs_bias_grad, backend = rest
     x = Operands(*operands)
@@ -80,7 +87,7 @@ for _name, _run in (
     ("attention_backward", _attention_backward),
     ("decode", _decode),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _impl(_name, _run, "CompositeExplicitAutograd")
 
 attention_forward = torch.ops.attn.attention_forward.default
 attention_backward = torch.ops.attn.attention_backward.default
@@ -92,7 +99,7 @@ def _rows(t: Tensor, width: Any) -> Tensor:
     return t.new_empty(B, L, H, width).transpose(1, 2)
 
 
-@torch.library.register_fake("attn::attention_forward", lib=_library)
+@_fake("attn::attention_forward")  # type: ignore[untyped-decorator]
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *operands, weights, _ = args
     x = Operands(*operands)
@@ -102,19 +109,26 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _rows(x.q, x.v.shape[3]), m, torch.empty_like(m), x.q.new_empty(shape)
 
 
-@torch.library.register_fake("attn::attention_backward", lib=_library)
+@_fake("attn::attention_backward")  # type: ignore[untyped-decorator]
 def _fake_backward(
-    d_out: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None, out: Tensor, m: Tensor, l: Tensor, *rest: Any
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    d_weights: Tensor | None,
+    out: Tensor,
+    m: Tensor,
+    l: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *operands, needs_bias_grad, _ = rest
     x = Operands(*operands)
     d_bias = x.q.new_empty(0)
     if needs_bias_grad and x.bias is not None:
         d_bias = x.bias.new_empty(x.bias.shape)
-    return (*(_rows(t, t.shape[3]) for t in (x.q, x.k, x.v)), d_bias)
+    dq, dk, dv = (_rows(t, t.shape[3]) for t in (x.q, x.k, x.v))
+    return dq, dk, dv, d_bias
 
 
-@torch.library.register_fake("attn::decode", lib=_library)
+@_fake("attn::decode")  # type: ignore[untyped-decorator]
 def _fake_decode(*args: Any) -> tuple[Tensor, Tensor]:
     x = DecodeOperands(*args[:-1])
     B, H, L, _ = x.q.shape
@@ -156,7 +170,7 @@ class _Attention(torch.autograd.Function):
         args = (d_out, d_lse, d_weights, out, m, l, *tensors, *ctx.rest, ctx.needs_bias_grad, ctx.backend)
         # A function nested in backward crashes Dynamo, and compiled graphs have no second derivative anyhow.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dq, dk, dv, d_bias = _Backward.apply(ctx.weights, *args)
+            dq, dk, dv, d_bias = _Backward.apply(ctx.weights, *args)  # type: ignore[no-untyped-call]
         else:
             dq, dk, dv, d_bias = attention_backward(*args)
         grads = (None, None, dq, dk, dv, d_bias if ctx.needs_bias_grad else None)
@@ -197,7 +211,7 @@ def first_order(x: Operands, weights: str, gradients: tuple[Tensor | None, ...])
         results = reference.attend(x._replace(**dict(zip(("q", "k", "v", "bias"), primals, strict=False))), weights)
         return tuple(results[i] for i in wanted)  # type: ignore[misc]
 
-    _, pull = torch.func.vjp(run, *primals)
+    _, pull = torch.func.vjp(run, *primals)  # type: ignore[misc]
     grads: tuple[Tensor, ...] = pull(tuple(gradients[i] for i in wanted))
     return grads
 
@@ -217,10 +231,9 @@ def second_order(
         return first_order(Operands(*full[n:], *x[_BIAS + 1 :]), weights, tuple(full[:n]))
 
     given = [(*gradients, *operands)[i] for i in places]
-    results, pull = torch.func.vjp(run, *given)
+    results, pull = torch.func.vjp(run, *given)  # type: ignore[misc]
     cotangents = tuple(
-        torch.zeros_like(r) if g is None or g.shape != r.shape else g
-        for r, g in zip(results, d_grads, strict=False)
+        torch.zeros_like(r) if g is None or g.shape != r.shape else g for r, g in zip(results, d_grads, strict=False)
     )
     found: list[Tensor | None] = [None] * (n + len(operands))
     for i, g in zip(places, pull(cotangents), strict=True):
@@ -248,8 +261,8 @@ class _SecondOrder(torch.autograd.Function):
 
 
 # The C++ `apply` without the Python one's inspect.signature, which costs more than the rest of a small call.
-_fast_attention = super(torch.autograd.Function, _Attention).apply
-_fast_second_order = super(torch.autograd.Function, _SecondOrder).apply
+_fast_attention: Any = super(torch.autograd.Function, _Attention).apply
+_fast_second_order: Any = super(torch.autograd.Function, _SecondOrder).apply
 
 
 def functorch_active() -> bool:

@@ -16,8 +16,9 @@ from attn.operands import (
     check_dtype,
     check_qkv,
     check_range,
-    number_fields,
+    scale_of,
     slopes_of,
+    softcap_of,
     values_known,
 )
 from attn.rng import draw
@@ -70,8 +71,8 @@ def varlen_attention(
     check_qkv(q, k, v, QKV, dims=3)
     if v.shape[:2] != k.shape[:2] or (q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1])):
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: key and value must agree in tokens and heads, "
-            "and query heads must be a multiple of key heads"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: key and value must agree in tokens and "
+            "heads, and query heads must be a multiple of key heads"
         )
     q, k, v = cast_under_autocast(q, k, v)
     check_dtype(q, k, v, QKV)
@@ -81,17 +82,23 @@ def varlen_attention(
     cu_k, max_k = _cumulative("k", cu_seqlens_k, max_seqlen_k, k)
     B = cu_q.shape[0] - 1
     if cu_k.shape[0] != B + 1:
-        raise ValueError(f"cu_seqlens_q has {B + 1} entries and cu_seqlens_k {cu_k.shape[0]}; they must be equally many")
+        raise ValueError(
+            f"cu_seqlens_q has {B + 1} entries and cu_seqlens_k {cu_k.shape[0]}; they must be equally many"
+        )
+    rows = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
     x = Operands(
-        *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)),
+        rows[0],
+        rows[1],
+        rows[2],
         alibi_slopes=None if alibi_slopes is None else slopes_of(alibi_slopes, B, q.shape[1], q.device),
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
         rng=None if dropout_p == 0.0 else draw(q.device),
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
+        scale=scale_of(scale, q.shape[-1]),
+        softcap=0.0 if softcap is None else softcap_of(softcap),
         dropout_p=dropout_p,
-        **number_fields(scale, softcap, q.shape[-1]),
     )
     if mask is not None:
         x = x._replace(**band_fields(_only_band(mask), B, q.device))
@@ -148,10 +155,10 @@ def decode_attention(
     check_dtype(q, k_cache, v_cache, names)
     B, H, _, D = q.shape
     heads = k_cache.shape[1]
-    if v_cache.shape[:3] != k_cache.shape[:3] or (H != heads and (heads == 0 or H % heads)):
+    if v_cache.shape[:3] != k_cache.shape[:3] or (heads != H and (heads == 0 or H % heads)):
         raise ValueError(
-            f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: the caches must agree "
-            "in all but head_dim, and query heads must be a multiple of theirs"
+            f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: the caches must "
+            "agree in all but head_dim, and query heads must be a multiple of theirs"
         )
     capacity = k_cache.shape[2]
     _integers("lengths", lengths, q.device)
@@ -174,7 +181,8 @@ def decode_attention(
         block_table,
         None if alibi_slopes is None else slopes_of(alibi_slopes, B, H, q.device),
         left=UNBOUNDED if window is None else _left(window),
-        **number_fields(scale, softcap, D),
+        scale=scale_of(scale, D),
+        softcap=0.0 if softcap is None else softcap_of(softcap),
     )
     chosen = planner.choose(_decode_spec(x), backend)
     out, lse = ops.decode(*x, chosen.name)

@@ -41,7 +41,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if load(name).available() is None)
 
 
-class use_backend:  # noqa: N801 - reads as a function: `with attn.use_backend("triton"):`
+class use_backend:
     """Force one backend for every call inside the block, in the whole process; it never falls back.
 
     Raises ValueError for an unknown name at once, and RuntimeError at a call that the backend cannot run.

@@ -118,10 +118,11 @@ class Backend:
         return None
 
     def forward(self, x: Operands) -> Forward:
+        """out and the residuals m, l."""
         raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
-        """Probabilities after dropout from the residuals: (B, L, S) averaged over heads, or (B, Hq, L, S); q's dtype."""
+        """Probabilities after dropout from the residuals, q's dtype: (B, L, S) averaged over heads, or (B, Hq, L, S)."""
         raise NotImplementedError(f"backend {self.name} returns no weights")  # abstract
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attn import reference
 from attn.backends.base import ANY_DEVICE, Backend, Capability, Forward, Gradients, as_rows
-from attn.spec import AttentionSpec, DecodeOperands, Operands
+from attn.spec import DecodeOperands, Operands
 
 LARGE = 1 << 30
 """Bytes of float32 scores from which a call on an accelerator warns."""

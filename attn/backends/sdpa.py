@@ -45,12 +45,18 @@ class SdpaBackend(Backend):
     def call(self, spec: AttentionSpec, x: Operands) -> Tensor:
         """out (B, Hq, L, Dv), recorded by PyTorch's autograd."""
         record(self.name, "call")
-        if not (spec.band or spec.key_lengths or spec.query_lengths or spec.documents or spec.keep or spec.bias or spec.alibi):
+        if not (
+            spec.band
+            or spec.key_lengths
+            or spec.query_lengths
+            or spec.documents
+            or spec.keep
+            or spec.bias
+            or spec.alibi
+        ):
             return F.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale, enable_gqa=spec.grouped)
         if _is_causal(spec, x):
-            return F.scaled_dot_product_attention(
-                x.q, x.k, x.v, is_causal=True, scale=x.scale, enable_gqa=spec.grouped
-            )
+            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, scale=x.scale, enable_gqa=spec.grouped)
         q, k, v = _hide_past_lengths(x)
         mask = _dense(x)
         if mask is None or mask.dtype == torch.bool or mask.dtype == q.dtype or spec.device == "cpu":
