@@ -7,14 +7,13 @@
 | documents | ids_q (B, L), ids_k (B, S) | ids_q[b, i] == ids_k[b, j] |
 | dense | bool or float tensor | True; a float is added to the scores and -inf hides |
 
-`off` is 0 for anchor "start" (PyTorch's `is_causal`) and S - L for anchor "end", where L and S are the sequence's own
-lengths when lengths are given. A new mask is one more constructor here; what it means on a grid of positions stands in
-`visibility`, and what it lets a kernel skip in `tile_classes`: nowhere else.
+`off` is 0 for anchor "start" (PyTorch's `is_causal`) and S - L for anchor "end", where L and S are the
+sequence's own lengths when lengths are given. A new mask is one more constructor here; what it means on a
+grid of positions stands in `visibility`, and what it lets a kernel skip in `tile_classes`: nowhere else.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +84,11 @@ def window(left: int | None, right: int | None, anchor: str = "start") -> Mask:
 
     Raises ValueError for a negative side or an unknown anchor, TypeError for a side that is no integer.
     """
-    if anchor not in ("start", "end"):
-        raise ValueError(f"window(): anchor is {anchor!r}; use 'start' (PyTorch's is_causal) or 'end'")
-    return Mask(band=Band(_side("left", left), _side("right", right), anchor))
+    return Mask(band=_band(left, right, anchor))
 
 
 def padding(lengths: Tensor, query_lengths: Tensor | None = None) -> Mask:
-    """Only the first lengths[b] keys are visible, and queries past query_lengths[b] are dead rows. Integer (B,)."""
+    """Only the first lengths[b] keys are visible; rows past query_lengths[b] are dead. Integer (B,)."""
     _integer("padding", "lengths", lengths, 1)
     if query_lengths is not None:
         _integer("padding", "query_lengths", query_lengths, 1)
@@ -108,7 +105,7 @@ def documents(ids: Tensor | tuple[Tensor, Tensor]) -> Mask:
 
 
 def prefix_lm(n: int | Tensor, window: tuple[int | None, int | None] | None = None, anchor: str = "start") -> Mask:
-    """Causal (or that window), or j < n: a prefix that everyone sees. `n` is an int or an integer (B,) tensor."""
+    """Causal (or that window), or j < n: a prefix that everyone sees. `n`: int or integer (B,) tensor."""
     left, right = (None, 0) if window is None else window
     if isinstance(n, Tensor):
         _integer("prefix_lm", "n", n, 1)
@@ -117,11 +114,11 @@ def prefix_lm(n: int | Tensor, window: tuple[int | None, int | None] | None = No
         prefix = torch.full((1,), n, dtype=torch.int32)
     else:
         raise ValueError(f"prefix_lm(): n is {n!r}; give an int >= 0 or an integer tensor of shape (B,)")
-    return dataclasses.replace(globals()["window"](left, right, anchor), prefix=prefix)
+    return Mask(band=_band(left, right, anchor), prefix=prefix)
 
 
 def dense(t: Tensor) -> Mask:
-    """A tensor broadcastable to (B, Hq, L, S): bool (True = visible) or float (added to the scores, -inf hides)."""
+    """A tensor broadcastable to (B, Hq, L, S): bool (True = visible) or float (added; -inf hides)."""
     if not isinstance(t, Tensor):
         raise TypeError(f"dense(): t is {type(t).__name__}; give a bool or float tensor")
     if t.dtype != torch.bool and not t.is_floating_point():
@@ -129,6 +126,12 @@ def dense(t: Tensor) -> Mask:
     if t.dim() > 4:
         raise ValueError(f"dense(): t has {t.dim()} dims; it must broadcast to (B, Hq, L, S)")
     return Mask(dense=t)
+
+
+def _band(left: int | None, right: int | None, anchor: str) -> Band:
+    if anchor not in ("start", "end"):
+        raise ValueError(f"window(): anchor is {anchor!r}; use 'start' (PyTorch's is_causal) or 'end'")
+    return Band(_side("left", left), _side("right", right), anchor)
 
 
 def _side(name: str, value: int | None) -> int | None:
@@ -173,8 +176,9 @@ def _ranks(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int]:
     """Ids renumbered to [0, n) jointly, without a synchronisation and with static shapes."""
     both = torch.cat([q, k], dim=1).flatten()
     ordered, order = both.sort()
-    new = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)]).cumsum(0)[: len(both)]
-    ranks = torch.empty_like(both).scatter_(0, order, new).view(q.shape[0], -1)
+    steps = torch.zeros_like(ordered)
+    steps[1:] = ordered[1:] != ordered[:-1]
+    ranks = torch.empty_like(both).scatter_(0, order, steps.cumsum(0)).view(q.shape[0], -1)
     return ranks[:, : q.shape[1]], ranks[:, q.shape[1] :], both.shape[0]
 
 
@@ -183,7 +187,7 @@ def _and_documents(a: Mask, b: Mask) -> tuple[Tensor | None, Tensor | None]:
         return (b.ids_q, b.ids_k) if a.ids_q is None else (a.ids_q, a.ids_k)
     if a.ids_q.shape != b.ids_q.shape or a.ids_k.shape != b.ids_k.shape:  # type: ignore[union-attr]
         raise ValueError(
-            f"documents & documents: ids of shapes {tuple(a.ids_q.shape)} and {tuple(b.ids_q.shape)} do not match"
+            f"documents & documents: ids of {tuple(a.ids_q.shape)} and {tuple(b.ids_q.shape)} do not match"
         )
     aq, ak, _ = _ranks(a.ids_q, a.ids_k)  # type: ignore[arg-type]
     bq, bk, n = _ranks(b.ids_q, b.ids_k)  # type: ignore[arg-type]
@@ -207,8 +211,21 @@ def lengths_of(x: Operands, L: int, S: int) -> tuple[Tensor | int, Tensor | int]
     return lq, lk
 
 
+def past(lengths: Tensor, n: int) -> Tensor:
+    """Which of n rows lie past the lengths (B,): bool (B, 1, n, 1), for tensors (B, H, n, D)."""
+    return torch.arange(n, device=lengths.device).view(1, 1, n, 1) >= lengths.view(-1, 1, 1, 1)
+
+
+def distances(x: Operands, L: int, S: int) -> Tensor:
+    """|i + S - L - j| with each sequence's own lengths, (B or 1, 1, L, S): what ALiBi multiplies."""
+    lq, lk = lengths_of(x, L, S)
+    i = torch.arange(L, device=x.q.device).view(1, 1, L, 1)
+    j = torch.arange(S, device=x.q.device).view(1, 1, 1, S)
+    return (i + lk - lq - j).abs()
+
+
 def visibility(x: Operands, L: int, S: int) -> Tensor | None:
-    """What all parts of the mask leave visible: bool, broadcastable to (B, Hq, L, S), or None where nothing is hidden.
+    """What all parts leave visible: bool, broadcastable to (B, Hq, L, S), or None where nothing is hidden.
 
     A float bias is not looked at: its -inf reaches the softmax by itself.
     """
@@ -253,11 +270,11 @@ def tile_classes(x: Operands, block_q: int = 64, block_k: int = 64) -> Tensor:
     if seen is None:
         return torch.full((B, 1, nq, nk), FULL, dtype=torch.uint8, device=x.q.device)
     seen = seen.expand(B, -1, L, S)
-    padded = torch.nn.functional.pad(seen, (0, nk * block_k - S, 0, nq * block_q - L), value=False)
-    valid = torch.nn.functional.pad(torch.ones_like(seen), (0, nk * block_k - S, 0, nq * block_q - L), value=False)
+    outside = (0, nk * block_k - S, 0, nq * block_q - L)
 
-    def count(t: Tensor) -> Tensor:
-        return t.unflatten(3, (nk, block_k)).unflatten(2, (nq, block_q)).sum((3, 5))
+    def tiles(beyond: bool) -> Tensor:
+        padded = torch.nn.functional.pad(seen, outside, value=beyond)
+        return padded.view(B, seen.shape[1], nq, block_q, nk, block_k)
 
-    visible, total = count(padded), count(valid)
-    return torch.where(visible == 0, EMPTY, torch.where(visible == total, FULL, PARTIAL)).to(torch.uint8)
+    some, every = tiles(False).any(5).any(3), tiles(True).all(5).all(3)
+    return torch.where(some, torch.where(every, FULL, PARTIAL), EMPTY).to(torch.uint8)

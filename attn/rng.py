@@ -1,12 +1,12 @@
 """Dropout bits: Philox4x32-7 on logical coordinates.
 
-The bits of a score are a function of (seed, offset, batch, head, query, key) alone: the same in every backend, tile
-size and pass, so that nothing is stored between forward and backward. Philox: Salmon, Moraes, Dror and Shaw,
-"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+The bits of a score are a function of (seed, offset, batch, head, query, key) alone: the same in every
+backend, tile size and pass, so that nothing is stored between forward and backward. Philox: Salmon, Moraes,
+Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
-One call of the generator serves the four scores (i, j), (i, j + 8), (i + 8, j), (i + 8, j + 8): those that one thread
-holds in a tensor-core accumulator and in its transpose. key = (low, high word of seed);
-counter = (i & ~8, j & ~8, b * Hq + h, offset mod 2^32).
+One call of the generator serves the four scores (i, j), (i, j + 8), (i + 8, j), (i + 8, j + 8): those that
+one thread holds in a tensor-core accumulator and in its transpose. key = (low, high word of seed); counter =
+(i & ~8, j & ~8, b * Hq + h, offset mod 2^32).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = ROUNDS) -> list[Tensor]:
-    """Philox4x32 of broadcastable int64 tensors that hold 32-bit words; returns four such tensors of words."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = ROUNDS
+) -> list[Tensor]:
+    """Philox4x32 of broadcastable int64 tensors that hold 32-bit words; returns four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -51,16 +53,17 @@ def keep_mask(rng: Tensor, dropout_p: float, B: int, H: int, L: int, S: int, fir
     """
     device = rng.device
     seed, offset = rng[0], rng[1] & _LOW
-    i = torch.arange(-(-L // 16) * 8, device=device)  # one counter per pair of rows (i, i + 8)
-    j = torch.arange(-(-S // 16) * 8, device=device)
+    nq, nk = -(-L // 16), -(-S // 16)  # one counter per pair of rows (i, i + 8) and pair of keys (j, j + 8)
+    i = torch.arange(nq * 8, device=device)
+    j = torch.arange(nk * 8, device=device)
     i = (i // 8 * 16 + i % 8).view(1, -1, 1)
     j = (j // 8 * 16 + j % 8).view(1, 1, -1)
     bh = (torch.arange(B * H, device=device) + first_batch * H).view(-1, 1, 1)
     words = philox((i, j, bh & _LOW, offset), (seed & _LOW, (seed >> 32) & _LOW))
     grid = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= threshold(dropout_p)
-    grid = grid.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).unflatten(-1, (2, 2))  # bh, i/16, i%8, j/16, j%8, +8 i, +8 j
-    grid = grid.permute(0, 1, 5, 2, 3, 6, 4).flatten(4, 6).flatten(1, 3)
-    return grid[:, :L, :S].unflatten(0, (B, H))
+    # The words' (2, 2), i + 8 and j + 8, go between i / 16 and i % 8, and between j / 16 and j % 8.
+    grid = grid.view(B * H, nq, 8, nk, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
+    return grid.reshape(B, H, nq * 16, nk * 16)[:, :, :L, :S]
 
 
 def draw(device: torch.device) -> Tensor:

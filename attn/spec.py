@@ -1,8 +1,9 @@
 """What a call is, as two values.
 
 `AttentionSpec` says what kind of call it is: static, hashable, one line to print and to parse back. It is the
-planner's key, the kernels' configuration key and the first half of every case line. `Operands` carries the tensors
-and the per-call numbers in the order of the op schemas. Neither ever holds anything symbolic in a static field.
+planner's key, the kernels' configuration key and the first half of every case line. `Operands` carries the
+tensors and the per-call numbers in the order of the op schemas. Neither holds anything symbolic in a static
+field.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ UNBOUNDED = -1
 class Operands(NamedTuple):
     """Tensors and per-call numbers of one call. B batch, Hq/Hkv heads, L queries, S keys, D/Dv head dims.
 
-    In a packed (varlen) call B is 1, L and S count all tokens, N is the number of sequences, and everything that
-    speaks of a batch index or a position means the sequence and the position inside it.
+    In a packed (varlen) call B is 1, L and S count all tokens, N is the number of sequences, and everything
+    that speaks of a batch index or a position means the sequence and the position inside it.
     """
 
     q: Tensor  # (B, Hq, L, D), any strides
@@ -49,6 +50,7 @@ class Operands(NamedTuple):
 
     @property
     def has_band(self) -> bool:
+        """Whether a side of the band is bounded."""
         return self.left != UNBOUNDED or self.right != UNBOUNDED
 
 
@@ -114,21 +116,29 @@ class AttentionSpec(NamedTuple):
     @classmethod
     def parse(cls, line: str) -> AttentionSpec:
         """Read back what `str(spec)` printed. Raises ValueError naming the word that is not understood."""
-        op, device, dtype, *rest = line.split()
+        words = line.split()
+        if len(words) < 3:
+            raise ValueError(f"spec line: {line!r} is too short (example: 'attention cpu float32 head_dim=64')")
+        op, device, dtype, *rest = words
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
-            raise ValueError(f"spec line: {dtype!r} is not a dtype (example: 'attention cpu float32 head_dim=64')")
-        fields: dict[str, object] = {}
-        for word in rest:
-            name, given, value = word.partition("=")
-            if name not in _DEFAULTS:
-                raise ValueError(f"spec line: unknown field {word!r}; known: {', '.join(cls._fields[3:])}")
-            default = _DEFAULTS[name]
-            if isinstance(default, bool):
-                fields[name] = value not in ("0", "False") if given else True
-            else:
-                fields[name] = type(default)(value)
-        return cls(op, device, kind, **fields)  # type: ignore[arg-type]
+            raise ValueError(f"spec line: {dtype!r} is no dtype (example: 'attention cpu float32 head_dim=64')")
+        return cls(op, device, kind, **dict(map(_field, rest)))  # type: ignore[arg-type]
+
+
+def _field(word: str) -> tuple[str, object]:
+    """A word of a spec line, "name" or "name=value", as the field's name and value."""
+    name, given, value = word.partition("=")
+    if name not in _DEFAULTS:
+        raise ValueError(f"spec line: unknown field {word!r}; known: {', '.join(AttentionSpec._fields[3:])}")
+    default = _DEFAULTS[name]
+    if isinstance(default, str):
+        return name, value
+    if isinstance(default, bool) and not given:
+        return name, True
+    if not value.isdecimal():
+        raise ValueError(f"spec line: {word!r} needs a number")
+    return name, type(default)(int(value))
 
 
 _DEFAULTS: dict[str, object] = dict(AttentionSpec._field_defaults)
