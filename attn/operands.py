@@ -70,6 +70,9 @@ def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
     kind = device.type
     _, heads, _, head_dim = q.shape
     _, kv_heads, _, value_dim = v.shape
+    grouped = False
+    if heads != kv_heads:  # not bool(...): Dynamo would keep that symbolic
+        grouped = True
     band = ""
     if left != UNBOUNDED or right != UNBOUNDED:
         band = "end" if end else "start"
@@ -77,10 +80,10 @@ def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
         "attention" if packed is None else "varlen",
         kind,
         q.dtype,
-        "" if kind != "cuda" else _arch(device),
+        "" if kind != "cuda" else arch(device),
         int(head_dim),
         int(value_dim),
-        bool(heads != kv_heads),
+        grouped,
         band,
         bool(band and left == UNBOUNDED and right == 0 and prefix is None),
         prefix is not None,
@@ -102,7 +105,8 @@ def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
     )
 
 
-def _arch(device: torch.device) -> str:
+def arch(device: torch.device) -> str:
+    """The architecture of a GPU, "" off the GPU."""
     if torch.compiler.is_compiling():  # Dynamo looks through a cached function and warns
         return str(arch_of.__wrapped__(device.type, device.index))
     return arch_of(device.type, device.index)

@@ -280,15 +280,20 @@ def attention(
     apply = _fast_attention
     if torch.compiler.is_compiling():
         apply = _Attention.apply
-        # Dynamo refuses the same tensor twice among the inputs of a function.
-        q, k, v = x.q, x.k, x.v
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is x.k else v
-        x = x._replace(k=k, v=v)
+        x = _without_repeats(x)
     elif functorch_active():
         apply = _Attention.apply
     out, lse, w, _, _ = apply(want_lse, bias_grad, *x, weights, backend)
     return out, lse, w
+
+
+def _without_repeats(x: Operands) -> Operands:
+    """Views in the place of repeated tensors: Dynamo refuses the same tensor twice among a function's inputs."""
+    tensors: list[Tensor | None] = []
+    for t in x[:N_TENSORS]:
+        repeated = t is not None and any(t is other for other in tensors)
+        tensors.append(t.view_as(t) if repeated else t)
+    return Operands(*tensors, *x[N_TENSORS:])
 
 
 def twice_differentiable(out: Tensor, x: Operands) -> Tensor:

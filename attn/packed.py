@@ -10,6 +10,7 @@ from attn.functional import run
 from attn.masks import Mask
 from attn.operands import (
     QKV,
+    arch,
     band_fields,
     cast_under_autocast,
     check_dropout,
@@ -22,7 +23,7 @@ from attn.operands import (
     values_known,
 )
 from attn.rng import draw
-from attn.spec import UNBOUNDED, AttentionSpec, DecodeOperands, Operands, arch_of
+from attn.spec import UNBOUNDED, AttentionSpec, DecodeOperands, Operands
 
 
 def varlen_attention(
@@ -195,7 +196,7 @@ def _decode_spec(x: DecodeOperands) -> AttentionSpec:
         op="decode",
         device=device.type,
         dtype=x.q.dtype,
-        arch=arch_of(device.type, device.index),
+        arch=arch(device),
         head_dim=int(x.q.shape[-1]),
         value_dim=int(x.v_cache.shape[-1]),
         grouped=bool(x.q.shape[1] != x.k_cache.shape[1]),

@@ -31,6 +31,10 @@ _plans: dict[tuple[AttentionSpec, str | None], Backend] = {}
 _LARGEST_CACHE = 4096
 
 
+for _name in BACKENDS:  # now: importing is no work for a call that torch.compile traces
+    load(_name)
+
+
 def names() -> tuple[str, ...]:
     """All backends, in the order in which they are asked."""
     return tuple(BACKENDS)
@@ -38,7 +42,7 @@ def names() -> tuple[str, ...]:
 
 def available_backends() -> tuple[str, ...]:
     """The backends that can work on this machine, in the order in which they are asked."""
-    return tuple(name for name in BACKENDS if load(name).available() is None)
+    return tuple(name for name in BACKENDS if load(name).missing is None)
 
 
 class use_backend:

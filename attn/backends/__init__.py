@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 from attn.backends.base import Backend
@@ -13,11 +12,17 @@ BACKENDS = {
 }
 
 
-@functools.cache
+_loaded: dict[str, Backend] = {}
+
+
 def load(name: str) -> Backend:
     """The one object of that backend. Raises ValueError for a name that is not listed."""
+    if name in _loaded:
+        return _loaded[name]
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; known backends: {', '.join(BACKENDS)}")
     module, _, kind = BACKENDS[name].partition(":")
     made: Backend = getattr(importlib.import_module(module), kind)()
+    made.missing = made.available()
+    _loaded[name] = made
     return made

@@ -5,7 +5,7 @@ A backend never sees a call that its own `why_not` refuses, and nobody else know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -66,7 +66,6 @@ class Capability:
     value_dim_differs: bool = True
 
 
-@dataclass
 class Backend:
     """Base of all backends; `forward`, `backward`, `weights` and `decode` are what a kernel backend provides."""
 
@@ -74,7 +73,8 @@ class Backend:
     capability: ClassVar[Capability]
     whole_call: ClassVar[bool] = False  # provides `call`, with PyTorch's autograd, instead of the passes
     needs_proof: ClassVar[bool] = False  # on a GPU: chosen by itself only where committed results passed
-    warned: bool = field(default=False, init=False)
+    missing: str | None = None  # what `available` said when the backend was loaded
+    warned = False  # whether an unproven use has been reported
 
     def available(self) -> str | None:
         """None where this backend can work on this machine, else one sentence: what is missing and the cure."""
@@ -87,9 +87,8 @@ class Backend:
     def why_not(self, spec: AttentionSpec) -> str | None:
         """None if this backend can run `spec`, else one sentence that says why not."""
         able = self.capability
-        missing = self.available()
-        if missing is not None:
-            return missing
+        if self.missing is not None:
+            return self.missing
         if spec.device not in able.devices:
             return f"runs on {_listed(able.devices)}, not on {spec.device}"
         if spec.dtype not in able.dtypes:
@@ -122,7 +121,7 @@ class Backend:
         raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
-        """Probabilities after dropout from the residuals, q's dtype: (B, L, S) averaged over heads, or (B, Hq, L, S)."""
+        """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) averaged or (B, Hq, L, S)."""
         raise NotImplementedError(f"backend {self.name} returns no weights")  # abstract
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
