@@ -278,3 +278,15 @@ def tile_classes(x: Operands, block_q: int = 64, block_k: int = 64) -> Tensor:
 
     some, every = tiles(False).any(5).any(3), tiles(True).all(5).all(3)
     return torch.where(some, torch.where(every, FULL, PARTIAL), EMPTY).to(torch.uint8)
+
+
+# Masks may be arguments of exported programs and of functions under torch.func transforms.
+torch.utils._pytree.register_pytree_node(
+    Band,
+    lambda band: ([], (band.left, band.right, band.anchor)),
+    lambda _, context: Band(*context),
+    serialized_type_name="attn.masks.Band",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
+torch.export.register_dataclass(Mask, serialized_type_name="attn.masks.Mask")

@@ -293,7 +293,7 @@ def _without_repeats(x: Operands) -> Operands:
     for t in x[:N_TENSORS]:
         repeated = t is not None and any(t is other for other in tensors)
         tensors.append(t.view_as(t) if repeated else t)
-    return Operands(*tensors, *x[N_TENSORS:])
+    return Operands(*tensors, *x[N_TENSORS:])  # type: ignore[arg-type]
 
 
 def twice_differentiable(out: Tensor, x: Operands) -> Tensor:
