@@ -288,5 +288,7 @@ torch.utils._pytree.register_pytree_node(
     serialized_type_name="attn.masks.Band",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda band: ([], (band.left, band.right, band.anchor)),
 )
 torch.export.register_dataclass(Mask, serialized_type_name="attn.masks.Mask")
+torch.serialization.add_safe_globals([Band, Mask])

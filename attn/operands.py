@@ -168,12 +168,12 @@ def check_dropout(dropout_p: float) -> None:
 def scale_of(scale: float | None, head_dim: int) -> float:
     """The factor of the scores, checked; 1 / sqrt(head_dim) by default."""
     if scale is None:
-        return int(head_dim) ** -0.5
+        return float(int(head_dim) ** -0.5)
     if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale is {type(scale).__name__}; give a float, or None for 1 / sqrt(head_dim)")
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
-    return float(scale) if isinstance(scale, int) else scale
+    return scale if isinstance(scale, (float, torch.SymFloat)) else float(scale)
 
 
 def softcap_of(softcap: float) -> float:

@@ -207,8 +207,8 @@ def first_order(x: Operands, weights: str, gradients: tuple[Tensor | None, ...])
     primals = tuple(t for t in x[: _BIAS + 1] if t is not None)
     wanted = tuple(i for i, g in enumerate(gradients) if g is not None)
 
-    def run(*primals: Tensor) -> tuple[Tensor, ...]:
-        results = reference.attend(x._replace(**dict(zip(("q", "k", "v", "bias"), primals, strict=False))), weights)
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        results = reference.attend(x._replace(q=q, k=k, v=v, bias=bias), weights)
         return tuple(results[i] for i in wanted)  # type: ignore[misc]
 
     _, pull = torch.func.vjp(run, *primals)  # type: ignore[misc]
@@ -289,11 +289,14 @@ def attention(
 
 def _without_repeats(x: Operands) -> Operands:
     """Views in the place of repeated tensors: Dynamo refuses the same tensor twice among a function's inputs."""
-    tensors: list[Tensor | None] = []
-    for t in x[:N_TENSORS]:
-        repeated = t is not None and any(t is other for other in tensors)
-        tensors.append(t.view_as(t) if repeated else t)
-    return Operands(*tensors, *x[N_TENSORS:])  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+    fields: dict[str, Any] = {}
+    for name, t in zip(x._fields[:N_TENSORS], x[:N_TENSORS], strict=True):
+        if isinstance(t, Tensor):
+            if any(t is other for other in seen):
+                fields[name] = t.view_as(t)
+            seen.append(t)
+    return x._replace(**fields)
 
 
 def twice_differentiable(out: Tensor, x: Operands) -> Tensor:
