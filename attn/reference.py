@@ -66,29 +66,29 @@ def attend(x: Operands, weights: str = "") -> tuple[Tensor, Tensor, Tensor | Non
     if x.cu_seqlens_q is not None:
         out, m, l = _each_sequence(x)
         return out, lse_of(m, l), None
-    kept, m, l, seen = _probabilities(x)
+    kept, m, l, seen = probabilities(x)
     w = _shown(x, kept, seen, weights == "mean") if weights else None
-    return _times_values(x, kept, l), lse_of(m, l), w
+    return times_values(x, kept, l), lse_of(m, l), w
 
 
 @without_autocast
 def forward(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """(out, m, l)."""
-    return _each_sequence(x) if x.cu_seqlens_q is not None else _forward(x)
+    return _each_sequence(x) if x.cu_seqlens_q is not None else forward_sequence(x)
 
 
 @without_autocast
 def forward_weights(x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, m, l, weights): one pass over the scores for both."""
-    kept, m, l, seen = _probabilities(x)
-    return _times_values(x, kept, l), m, l, _shown(x, kept, seen, average)
+    kept, m, l, seen = probabilities(x)
+    return times_values(x, kept, l), m, l, _shown(x, kept, seen, average)
 
 
 @without_autocast
 def weights(x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
     """Probabilities after dropout from the residuals: (B, L, S) averaged over heads, or (B, Hq, L, S)."""
     s, _, seen = scores(x)
-    return _shown(x, _dropped(x, _normalised(s, m, l)), seen, average)
+    return _shown(x, dropped(x, normalised(s, m, l)), seen, average)
 
 
 @without_autocast
@@ -107,35 +107,38 @@ def backward(
     """
     if x.cu_seqlens_q is not None:
         return _backward_each_sequence(x, residuals, d_out, d_lse)
-    return _backward(x, residuals, d_out, d_lse, d_weights, needs_bias_grad)
+    return backward_sequence(x, residuals, d_out, d_lse, d_weights, needs_bias_grad)
 
 
 @without_autocast
 def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
     """(out, lse) of Lq new queries per sequence against a contiguous or paged cache; end-anchored."""
-    k, v = (_gather_pages(cache, x.block_table) for cache in (x.k_cache, x.v_cache))
-    out, m, l = _forward(
-        Operands(
-            x.q,
-            k,
-            v,
-            alibi_slopes=x.alibi_slopes,
-            key_lengths=x.lengths,
-            left=x.left,
-            right=x.right,
-            end=True,
-            scale=x.scale,
-            softcap=x.softcap,
-        )
-    )
+    out, m, l = forward_sequence(as_attention(x))
     return out, lse_of(m, l)
+
+
+def as_attention(x: DecodeOperands) -> Operands:
+    """A decoding step as an ordinary call: pages gathered, the cache's length in `key_lengths`, end-anchored."""
+    k, v = (_gather_pages(cache, x.block_table) for cache in (x.k_cache, x.v_cache))
+    return Operands(
+        x.q,
+        k,
+        v,
+        alibi_slopes=x.alibi_slopes,
+        key_lengths=x.lengths,
+        left=x.left,
+        right=x.right,
+        end=True,
+        scale=x.scale,
+        softcap=x.softcap,
+    )
 
 
 def scores(x: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scores (B, Hq, L, S), -inf where hidden; derivative of the softcap or None; visibility or None)."""
-    q, k, _ = _within_lengths(x)
+    q, k, _ = within_lengths(x)
     L, S = q.shape[2], k.shape[2]
-    s = q @ _per_query_head(x, k).transpose(-1, -2) * x.scale
+    s = q @ per_query_head(x, k).transpose(-1, -2) * x.scale
     d_cap = None
     if x.softcap > 0:
         t = torch.tanh(s / x.softcap)
@@ -150,12 +153,13 @@ def scores(x: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return s, d_cap, seen
 
 
-def _forward(x: Operands, sequence: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    kept, m, l, _ = _probabilities(x, sequence)
-    return _times_values(x, kept, l), m, l
+def forward_sequence(x: Operands, sequence: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` of a padded call, or of one sequence of a packed call, whose number the dropout needs."""
+    kept, m, l, _ = probabilities(x, sequence)
+    return times_values(x, kept, l), m, l
 
 
-def _backward(
+def backward_sequence(
     x: Operands,
     residuals: tuple[Tensor, Tensor, Tensor],
     d_out: Tensor,
@@ -164,16 +168,17 @@ def _backward(
     needs_bias_grad: bool,
     sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`backward` of a padded call, or of one sequence of a packed call."""
     _, m, l = residuals
-    q, k, v = _within_lengths(x)
+    q, k, v = within_lengths(x)
     s, d_cap, seen = scores(x)
-    p = _normalised(s, m, l)
+    p = normalised(s, m, l)
     g = d_out.to(s.dtype).masked_fill((l == 0)[..., None], 0.0)
-    dw = g @ _per_query_head(x, v).transpose(-1, -2)
+    dw = g @ per_query_head(x, v).transpose(-1, -2)
     if d_weights is not None:
         share = d_weights.to(s.dtype) if d_weights.dim() == 4 else d_weights.to(s.dtype)[:, None] / q.shape[1]
         dw = dw + (share if seen is None else torch.where(seen, share, 0.0))
-    dp = _dropped(x, dw, sequence)
+    dp = dropped(x, dw, sequence)
     delta = (p * dp).sum(-1)
     if d_lse is not None:
         delta = delta - d_lse.to(s.dtype).masked_fill(l == 0, 0.0)
@@ -183,21 +188,21 @@ def _backward(
         d_bias = ds.sum_to_size(x.bias.shape).to(x.bias.dtype)
     if d_cap is not None:
         ds = ds * d_cap
-    dq = ds @ _per_query_head(x, k) * x.scale
-    dk = _per_key_head(x, ds.transpose(-1, -2) @ q) * x.scale
-    dv = _per_key_head(x, _dropped(x, p, sequence).transpose(-1, -2) @ g)
+    dq = ds @ per_query_head(x, k) * x.scale
+    dk = per_key_head(x, ds.transpose(-1, -2) @ q) * x.scale
+    dv = per_key_head(x, dropped(x, p, sequence).transpose(-1, -2) @ g)
     return dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), d_bias
 
 
-def _probabilities(x: Operands, sequence: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def probabilities(x: Operands, sequence: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(probabilities after dropout, m, l, visibility or None)."""
     s, _, seen = scores(x)
     m = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], NEG_INF)
     l = torch.exp(s - _finite(m)[..., None]).sum(-1)
-    return _dropped(x, _normalised(s, m, l), sequence), m, l, seen
+    return dropped(x, normalised(s, m, l), sequence), m, l, seen
 
 
-def _normalised(s: Tensor, m: Tensor, l: Tensor) -> Tensor:
+def normalised(s: Tensor, m: Tensor, l: Tensor) -> Tensor:
     """exp(s - m) / l, and 0 in dead rows, whose gradient is 0 too."""
     dead = (l == 0)[..., None]
     p = torch.exp(s - _finite(m)[..., None]) / l[..., None].masked_fill(dead, 1.0)
@@ -209,7 +214,8 @@ def _finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == NEG_INF, 0.0)
 
 
-def _dropped(x: Operands, p: Tensor, sequence: int = 0) -> Tensor:
+def dropped(x: Operands, p: Tensor, sequence: int = 0) -> Tensor:
+    """p with 0 where dropout drops, else divided by what is kept; `sequence` is the number in a packed call."""
     if x.rng is None:
         return p
     if x.dropout_p >= 1:
@@ -219,9 +225,9 @@ def _dropped(x: Operands, p: Tensor, sequence: int = 0) -> Tensor:
     return torch.where(kept, p / (1 - x.dropout_p), 0.0)
 
 
-def _times_values(x: Operands, kept: Tensor, l: Tensor) -> Tensor:
+def times_values(x: Operands, kept: Tensor, l: Tensor) -> Tensor:
     """out (B, Hq, L, Dv), in memory (B, L, Hq, Dv) like every backend's; dead rows 0 whatever v holds."""
-    out = kept @ _per_query_head(x, _within_lengths(x)[2])
+    out = kept @ per_query_head(x, within_lengths(x)[2])
     out = out.masked_fill((l == 0)[..., None], 0.0).to(x.q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -232,7 +238,7 @@ def _shown(x: Operands, kept: Tensor, seen: Tensor | None, average: bool) -> Ten
     return (w.mean(1) if average else w).to(x.q.dtype)
 
 
-def _within_lengths(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def within_lengths(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the accumulation dtype, zeroed past the lengths so that nothing behind them can spread."""
     acc = accumulate_dtype(x.q.dtype)
     q, k, v = x.q.to(acc), x.k.to(acc), x.v.to(acc)
@@ -247,13 +253,13 @@ def _zero_past(t: Tensor, lengths: Tensor) -> Tensor:
     return t.masked_fill(masks.past(lengths, t.shape[2]), 0.0)
 
 
-def _per_query_head(x: Operands, t: Tensor) -> Tensor:
+def per_query_head(x: Operands, t: Tensor) -> Tensor:
     """(B, Hkv, ...) repeated to (B, Hq, ...)."""
     group = x.q.shape[1] // t.shape[1]
     return t if group == 1 else t.repeat_interleave(group, 1)
 
 
-def _per_key_head(x: Operands, t: Tensor) -> Tensor:
+def per_key_head(x: Operands, t: Tensor) -> Tensor:
     """(B, Hq, ...) summed over each group to (B, Hkv, ...)."""
     heads, group = x.k.shape[1], x.q.shape[1] // x.k.shape[1]
     return t if group == 1 else torch.unflatten(t, 1, (heads, group)).sum(2)
@@ -285,7 +291,7 @@ def sequences(x: Operands) -> Iterator[tuple[int, slice, slice, Operands]]:
 
 
 def _each_sequence(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    parts = [_forward(part, n) for n, _, _, part in sequences(x)]
+    parts = [forward_sequence(part, n) for n, _, _, part in sequences(x)]
     rest = x.q.shape[2] - sum(out.shape[2] for out, _, _ in parts)  # rows of no sequence are dead
     B, H, Dv, acc = x.q.shape[0], x.q.shape[1], x.v.shape[3], accumulate_dtype(x.q.dtype)
     dead = x.q.new_full((B, H, rest), NEG_INF, dtype=acc)
@@ -301,6 +307,6 @@ def _backward_each_sequence(
     for n, at_q, at_k, part in sequences(x):
         out, m, l = (t[:, :, at_q] for t in residuals)
         d_lse_here = None if d_lse is None else d_lse[:, :, at_q]
-        here = _backward(part, (out, m, l), d_out[:, :, at_q], d_lse_here, None, False, n)
+        here = backward_sequence(part, (out, m, l), d_out[:, :, at_q], d_lse_here, None, False, n)
         dq[:, :, at_q], dk[:, :, at_k], dv[:, :, at_k] = here[:3]
     return dq, dk, dv, None

@@ -60,7 +60,7 @@ def keep_mask(rng: Tensor, dropout_p: float, B: int, H: int, L: int, S: int, fir
     j = (j // 8 * 16 + j % 8).view(1, 1, -1)
     bh = (torch.arange(B * H, device=device) + first_batch * H).view(-1, 1, 1)
     words = philox((i, j, bh & _LOW, offset), (seed & _LOW, (seed >> 32) & _LOW))
-    grid = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= threshold(dropout_p)
+    grid = torch.stack(words, dim=-1) >= threshold(dropout_p)
     # The words' (2, 2), i + 8 and j + 8, go between i / 16 and i % 8, and between j / 16 and j % 8.
     grid = grid.view(B * H, nq, 8, nk, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
     return grid.reshape(B, H, nq * 16, nk * 16)[:, :, :L, :S]

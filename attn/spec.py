@@ -138,7 +138,7 @@ def _field(word: str) -> tuple[str, object]:
         return name, True
     if not value.isdecimal():
         raise ValueError(f"spec line: {word!r} needs a number")
-    return name, type(default)(int(value))
+    return name, bool(int(value)) if isinstance(default, bool) else int(value)
 
 
 _DEFAULTS: dict[str, object] = dict(AttentionSpec._field_defaults)

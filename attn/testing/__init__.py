@@ -1,0 +1,39 @@
+"""What attention results are tested with: tolerances, an oracle, cases, laws, a spy. Needs torch alone.
+
+| you have | use |
+| --- | --- |
+| out, lse, weights, gradients | `exact = oracle(x, gradients, weights)`, `assert_forward`, `assert_gradients` |
+| two modules, one of them PyTorch's | `assert_module_close(ours, exact, stock)` for each output and gradient |
+| two computations of one thing | `assert_close(actual, expected)` |
+| no reference at that size | `laws` |
+| a bug report | `Case.parse(line)`, and `pytest --case "line"` |
+| a doubt about what ran | `with spy() as calls: ...` |
+"""
+
+from __future__ import annotations
+
+from attn.testing.oracle import NO_GRADIENTS, assert_forward, assert_gradients, in_double, oracle
+from attn.testing.tolerance import (
+    Exact,
+    Verdict,
+    assert_close,
+    assert_module_close,
+    assert_verdicts,
+    compare,
+    units,
+)
+
+__all__ = [
+    "NO_GRADIENTS",
+    "Exact",
+    "Verdict",
+    "assert_close",
+    "assert_forward",
+    "assert_gradients",
+    "assert_module_close",
+    "assert_verdicts",
+    "compare",
+    "in_double",
+    "oracle",
+    "units",
+]
