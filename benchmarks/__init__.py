@@ -1,0 +1,1 @@
+"""Benchmarks, installed as `attn.benchmarks`: `python -m attn.benchmarks.overhead` and its neighbours."""
