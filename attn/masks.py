@@ -229,6 +229,8 @@ def visibility(x: Operands, L: int, S: int) -> Tensor | None:
 
     A float bias is not looked at: its -inf reaches the softmax by itself.
     """
+    if not x.hides:
+        return None
     i = torch.arange(L, device=x.q.device).view(1, 1, L, 1)
     j = torch.arange(S, device=x.q.device).view(1, 1, 1, S)
     lq, lk = lengths_of(x, L, S)
@@ -251,8 +253,6 @@ def visibility(x: Operands, L: int, S: int) -> Tensor | None:
         parts.append(x.ids_q[:, None, :, None] == x.ids_k[:, None, None, :])
     if x.keep is not None:
         parts.append(x.keep)
-    if not parts:
-        return None
     out = parts[0]
     for part in parts[1:]:
         out = out & part

@@ -270,11 +270,22 @@ def functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _nobody_watches(t: Tensor) -> bool:
+    """Whether a raw op may be left out: no tracer, transform, dispatch mode or tensor subclass has to see it."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return False
+    return type(t) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+
+
 def attention(
     x: Operands, weights: str, backend: str, want_lse: bool, grad: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse, weights) by the passes of a backend; `grad` says whether autograd has to record."""
     if not grad:
+        if not want_lse and _nobody_watches(x.q):
+            record(backend, "forward")
+            out, w = load(backend).infer(x, weights)
+            return out, None, w
         out, m, l, w = attention_forward(*x, weights, backend)
         return out, reference.lse_of(m, l) if want_lse else None, w if weights else None
     apply = _fast_attention

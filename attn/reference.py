@@ -72,6 +72,17 @@ def attend(x: Operands, weights: str = "") -> tuple[Tensor, Tensor, Tensor | Non
 
 
 @without_autocast
+def infer(x: Operands, weights: str = "") -> tuple[Tensor, Tensor | None]:
+    """(out, weights or None) alone. Where no row can be dead the fused softmax serves."""
+    if weights and x.bias is None and x.rng is None and not x.hides and x.k.shape[2]:
+        p = torch.softmax(scores(x)[0], -1)
+        out = p @ per_query_head(x, x.v.to(p.dtype))
+        return rows(out.to(x.q.dtype)), _shown(x, p, None, weights == "mean")
+    out, _, w = attend(x, weights)
+    return out, w
+
+
+@without_autocast
 def forward(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """(out, m, l)."""
     return _each_sequence(x) if x.cu_seqlens_q is not None else forward_sequence(x)
@@ -229,7 +240,12 @@ def times_values(x: Operands, kept: Tensor, l: Tensor) -> Tensor:
     """out (B, Hq, L, Dv), in memory (B, L, Hq, Dv) like every backend's; dead rows 0 whatever v holds."""
     out = kept @ per_query_head(x, within_lengths(x)[2])
     out = out.masked_fill((l == 0)[..., None], 0.0).to(x.q.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return rows(out)
+
+
+def rows(t: Tensor) -> Tensor:
+    """t (B, H, L, D) laid out in memory as (B, L, H, D)."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _shown(x: Operands, kept: Tensor, seen: Tensor | None, average: bool) -> Tensor:

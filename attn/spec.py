@@ -49,6 +49,12 @@ class Operands(NamedTuple):
     dropout_p: float = 0.0
 
     @property
+    def hides(self) -> bool:
+        """Whether a mask may hide a score (a bias of -inf is no mask)."""
+        parts = (self.key_lengths, self.query_lengths, self.ids_q, self.keep)
+        return self.has_band or any(part is not None for part in parts)
+
+    @property
     def has_band(self) -> bool:
         """Whether a side of the band is bounded."""
         return self.left != UNBOUNDED or self.right != UNBOUNDED

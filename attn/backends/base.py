@@ -120,6 +120,13 @@ class Backend:
         """out and the residuals m, l."""
         raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract
 
+    def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
+        """(out, weights or None) for a call that needs neither gradients nor the lse."""
+        if weights:
+            out, _, _, w = self.forward_weights(x, weights == "mean")
+            return out, w
+        return self.forward(x)[0], None
+
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
         """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) averaged or (B, Hq, L, S)."""
         raise NotImplementedError(f"backend {self.name} returns no weights")  # abstract

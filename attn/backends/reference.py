@@ -32,6 +32,11 @@ class ReferenceBackend(Backend):
         out, m, l = reference.forward(x)
         return as_rows(out), m, l
 
+    def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.infer`."""
+        _warn_if_large(x)
+        return reference.infer(x, weights)
+
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
         """See `Backend.weights`."""
         return reference.weights(x, m, l, average)
