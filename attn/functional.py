@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn import masks, ops, planner, reference
+from attn.backends.base import Backend
 from attn.masks import Mask
 from attn.operands import checked, spec_of
 from attn.planner import Explanation
-from attn.spec import Operands
+from attn.spec import UNBOUNDED, AttentionSpec, Operands
 
 
 def attention(
@@ -53,8 +56,19 @@ def attention(
         ValueError: a shape, device, number or backend name that does not fit; lengths outside [0, S] on CPU.
         RuntimeError: a forced backend cannot run the call.
     """
-    x = checked(q, k, v, mask, bias, alibi_slopes, dropout_p, scale, softcap)
-    out, lse, _ = run(x, return_lse, "", backend)
+    out, lse, _ = attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        scale=scale,
+        softcap=softcap,
+        return_lse=return_lse,
+        backend=backend,
+    )
     return (out, lse) if lse is not None else out
 
 
@@ -90,8 +104,14 @@ def scaled_dot_product_attention(
         RuntimeError: what PyTorch's function refuses, in one clear sentence; a forced backend that cannot run the call.
         TypeError: an argument that is no tensor. ValueError: an unknown backend, a number out of range.
     """
+    plain = None
+    if attn_mask is None and dropout_p == 0.0:
+        plain = planner.plain_key(query, key, value, is_causal, scale, enable_gqa, backend)
+        known = planner.recall(plain)
+        if known is not None:
+            return _again(known, query, key, value, is_causal, scale)[0]
     _check_tensors(query, key, value, attn_mask)
-    mask = _CAUSAL if is_causal else None
+    mask = masks.CAUSAL if is_causal else None
     if is_causal and attn_mask is not None:
         raise RuntimeError("attn_mask and is_causal=True exclude each other; put the causal mask into attn_mask")
     lead = None
@@ -103,11 +123,8 @@ def scaled_dot_product_attention(
         x = checked(query, key, value, mask, None, None, dropout_p, scale, None, ("query", "key", "value"))
     except (TypeError, ValueError) as error:  # what PyTorch raises for a tensor or a number that does not fit
         raise RuntimeError(str(error)) from None
-    out = run(x, False, "", backend)[0]
+    out = run(x, False, "", backend, key=plain if lead is None else None)[0]
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
-
-
-_CAUSAL = masks.causal()
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
@@ -176,8 +193,16 @@ def attend(
     `weights` is "", "mean" for (B, L, S) averaged over the heads or "heads" for (B, Hq, L, S): probabilities after
     dropout in q's dtype, differentiable. `default_backend` yields to `use_backend`, `backend` does not.
     """
+    plain = None
+    if bias is None and alibi_slopes is None and softcap is None and dropout_p == 0.0:
+        causal = mask is masks.CAUSAL
+        if causal or mask is None:
+            plain = planner.plain_key(q, k, v, causal, scale, return_lse, weights, backend, default_backend)
+            known = planner.recall(plain)
+            if known is not None:
+                return _again(known, q, k, v, causal, scale)
     x = checked(q, k, v, mask, bias, alibi_slopes, dropout_p, scale, softcap)
-    return run(x, return_lse, weights, backend, default_backend)
+    return run(x, return_lse, weights, backend, default_backend, plain)
 
 
 def run(
@@ -186,23 +211,44 @@ def run(
     weights: str = "",
     backend: str | None = None,
     default: str | None = None,
+    key: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, lse or None, weights or None) of checked operands, by the backend that the planner chooses."""
+    """(out, lse or None, weights or None) of checked operands, by the backend that the planner chooses.
+
+    `key` is that of a plain call, under which the choice is remembered.
+    """
     spec = spec_of(x, return_lse, weights)
     chosen = planner.choose(spec, backend, default)
+    if key is not None:
+        planner.remember(key, spec, chosen)
+    return _execute(x, spec, chosen)
+
+
+def _again(
+    known: tuple[AttentionSpec, Backend], q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A plain call that was checked and planned before."""
+    spec, chosen = known
+    factor = spec.head_dim**-0.5 if scale is None else float(scale)
+    return _execute(Operands(q, k, v, right=0 if causal else UNBOUNDED, scale=factor), spec, chosen, plain=True)
+
+
+def _execute(
+    x: Operands, spec: AttentionSpec, chosen: Backend, plain: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if forward_ad._current_level >= 0:  # forward-mode derivatives: before anything looks at requires_grad
-        return _from_reference(x, return_lse, weights)
+        return _from_reference(x, spec)
     if not chosen.whole_call:
-        return ops.attention(x, weights, chosen.name, return_lse, spec.grad, spec.bias_grad)
+        return ops.attention(x, spec.weights, chosen.name, spec.lse, spec.grad, spec.bias_grad)
     if ops.functorch_active():  # PyTorch's fused kernels have no batching rule and no second derivative
-        return _from_reference(x, return_lse, weights)
+        return _from_reference(x, spec)
     out = chosen.call(spec, x)
-    return ops.twice_differentiable(out, x) if spec.grad else out, None, None
+    return ops.twice_differentiable(out, x, plain) if spec.grad else out, None, None
 
 
-def _from_reference(x: Operands, return_lse: bool, weights: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    out, lse, w = reference.attend(x, weights)
-    return out, lse if return_lse else None, w
+def _from_reference(x: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    out, lse, w = reference.attend(x, spec.weights)
+    return out, lse if spec.lse else None, w
 
 
 def explain(

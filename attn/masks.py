@@ -76,7 +76,11 @@ class Mask:
 
 def causal(anchor: str = "start") -> Mask:
     """Each query sees the keys up to its own position: j <= i + off."""
-    return window(None, 0, anchor)
+    return CAUSAL if anchor == "start" else window(None, 0, anchor)
+
+
+CAUSAL = Mask(band=Band(None, 0, "start"))
+"""The one object that `causal()` returns."""
 
 
 def window(left: int | None, right: int | None, anchor: str = "start") -> Mask:

@@ -36,14 +36,15 @@ def checked(
     check_qkv(q, k, v, names)
     B, H, _, D = q.shape
     Bk, Hkv, S, _ = k.shape
-    if (Bk, Hkv, S) != v.shape[:3] or Bk != B:
+    if Bk != B or (B, Hkv, S) != v.shape[:3]:
         raise ValueError(
             f"{_shapes(q, k, v, names)}: batch sizes (dim 0) must be equal, and key and value must agree in heads "
             "(dim 1) and length (dim 2)"
         )
     if Hkv != H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"{_shapes(q, k, v, names)}: query heads ({H}) must be a multiple of key heads ({Hkv})")
-    q, k, v = cast_under_autocast(q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = cast_under_autocast(q, k, v)
     check_dtype(q, k, v, names)
     scale = scale_of(scale, D)
     cap = 0.0 if softcap is None else softcap_of(softcap)
@@ -114,20 +115,23 @@ def arch(device: torch.device) -> str:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], dims: int = 4) -> None:
     """Kinds, number of dims, head dims and devices of query, key and value."""
-    if not (_is_plain(q, dims) and _is_plain(k, dims) and _is_plain(v, dims)):
+    plain = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if (
+        not plain
+        or not (q.dim() == k.dim() == v.dim() == dims)
+        or not (q.layout is k.layout is v.layout is torch.strided)
+        or (q.is_nested or k.is_nested or v.is_nested)
+    ):
         for name, t in zip(names, (q, k, v), strict=True):
             _refuse(name, t, dims)
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or v.shape[-1] == 0:
+    head_dim = q.size(-1)
+    if head_dim != k.size(-1) or head_dim == 0 or v.size(-1) == 0:
         raise ValueError(f"{_shapes(q, k, v, names)}: query and key must share a head_dim >= 1, value have one >= 1")
     device = q.device
     if k.device != device or v.device != device:
         raise ValueError(
             f"{names[0]} is on {device}, {names[1]} on {k.device}, {names[2]} on {v.device}; use one device"
         )
-
-
-def _is_plain(t: Tensor, dims: int) -> bool:
-    return isinstance(t, Tensor) and t.dim() == dims and not t.is_nested and t.layout is torch.strided
 
 
 def _refuse(name: str, t: Tensor, dims: int) -> None:
@@ -151,9 +155,10 @@ def cast_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 def check_dtype(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
     """One floating dtype for all three."""
-    if q.dtype not in DTYPES:
-        raise TypeError(f"{names[0]} is {q.dtype}; give float32, bfloat16, float16 or float64")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
+    dtype = q.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"{names[0]} is {dtype}; give float32, bfloat16, float16 or float64")
+    if k.dtype is not dtype or v.dtype is not dtype:
         raise TypeError(f"{names[0]} is {q.dtype}, {names[1]} {k.dtype}, {names[2]} {v.dtype}; use one dtype")
 
 

@@ -246,18 +246,19 @@ class _SecondOrder(torch.autograd.Function):
     kernels lack, it cuts them off and returns the reference's differentiable gradient instead."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:N_TENSORS])
-        ctx.rest = args[N_TENSORS:]
-        return out.view_as(out)
+    def forward(ctx: Any, out: Tensor, x: Operands, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.rest = x[len(tensors) :]
+        return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Any) -> tuple[Any, ...]:
+        tensors = N_OPERANDS - len(ctx.rest)
         if not torch.is_grad_enabled():
-            return d_out, *(None,) * N_OPERANDS
+            return d_out, None, *(None,) * tensors
         x = Operands(*ctx.saved_tensors, *ctx.rest)
         grads = first_order(x, "", (d_out, None, None))
-        return None, *grads, *(None,) * (N_OPERANDS - len(grads))
+        return None, None, *grads, *(None,) * (tensors - len(grads))
 
 
 # The C++ `apply` without the Python one's inspect.signature, which costs more than the rest of a small call.
@@ -310,9 +311,9 @@ def _without_repeats(x: Operands) -> Operands:
     return x._replace(**fields)
 
 
-def twice_differentiable(out: Tensor, x: Operands) -> Tensor:
-    """`out` of a whole call, with second derivatives from the reference."""
+def twice_differentiable(out: Tensor, x: Operands, plain: bool) -> Tensor:
+    """`out` of a whole call, with second derivatives from the reference. `plain`: no tensors but q, k, v."""
     if torch.compiler.is_compiling():
         return out
-    result: Tensor = _fast_second_order(out, *x)
+    result: Tensor = _fast_second_order(out, x, *x[: _BIAS if plain else N_TENSORS])
     return result

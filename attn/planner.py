@@ -10,8 +10,10 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from attn.backends import BACKENDS, load
 from attn.backends.base import Backend
@@ -28,6 +30,7 @@ class _State:
 
 state = _State()
 _plans: dict[tuple[AttentionSpec, str | None], Backend] = {}
+_plain_calls: dict[tuple[Any, ...], tuple[AttentionSpec, Backend]] = {}
 _LARGEST_CACHE = 4096
 
 
@@ -84,6 +87,39 @@ def choose(spec: AttentionSpec, backend: str | None = None, default: str | None 
         _plans[spec, wish] = found
         log.debug("%s runs %s", found.name, spec)
     return found
+
+
+def plain_key(q: Tensor, k: Tensor, v: Tensor, *wishes: Any) -> tuple[Any, ...] | None:
+    """All that checking and planning look at in a call of three tensors and some wishes; None where not to be cached.
+
+    A plain call that passed once is neither checked nor planned again: on small tensors that costs more than attention.
+    """
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
+        return None
+    if q.is_nested or k.is_nested or v.is_nested or torch._C._is_any_autocast_enabled():
+        return None
+    shapes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    layouts = (q.layout, k.layout, v.layout)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (shapes, layouts, grad, torch.are_deterministic_algorithms_enabled(), state.forced, wishes)
+
+
+def recall(key: tuple[Any, ...] | None) -> tuple[AttentionSpec, Backend] | None:
+    """What `remember` was told of this key."""
+    return None if key is None else _plain_calls.get(key)
+
+
+def remember(key: tuple[Any, ...], spec: AttentionSpec, backend: Backend) -> None:
+    """Keep the outcome of a call that was checked and planned."""
+    if len(_plain_calls) >= _LARGEST_CACHE:
+        _plain_calls.clear()
+    _plain_calls[key] = (spec, backend)
+
+
+def forget() -> None:
+    """Drop every plan, after the list of backends or their abilities changed."""
+    _plans.clear()
+    _plain_calls.clear()
 
 
 def _choose(spec: AttentionSpec, wish: str | None) -> Backend:
