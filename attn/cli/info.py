@@ -42,6 +42,7 @@ def facts() -> dict[str, Any]:
     torch, about_torch = _imported("torch", "pip install 'torch>=2.10'")
     if torch is not None:
         about_torch |= _about_torch(torch)
+    devices = _devices(torch)
     linux = sys.platform.startswith("linux")
     _, about_triton = _imported("triton", "pip install 'triton>=3.6,<4'" if linux else "none needed: Linux only")
     return {
@@ -51,9 +52,9 @@ def facts() -> dict[str, Any]:
         "torch": about_torch,
         "triton": about_triton,
         "numpy": _imported("numpy", "pip install 'numpy>=1.26'")[1],
-        "devices": _devices(torch),
+        "devices": devices,
         "toolchain": _toolchain(),
-        **_backends(torch, about_torch),
+        **_backends(torch, about_torch, devices["gpus"]),
     }
 
 
@@ -149,7 +150,7 @@ def _says(command: list[str], pattern: str) -> str | None:
     return match[0].strip() if match else "there, but does not tell its version"
 
 
-def _backends(torch: ModuleType | None, about_torch: dict[str, Any]) -> dict[str, Any]:
+def _backends(torch: ModuleType | None, about_torch: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
     """Every backend with the reason why it does not work here, and the backends that serve common calls."""
     if torch is None:
         why = f"every backend needs torch, which is not to be had here: {about_torch['problem']}"
@@ -159,7 +160,7 @@ def _backends(torch: ModuleType | None, about_torch: dict[str, Any]) -> dict[str
         from attn.backends import load
         from attn.spec import AttentionSpec
 
-        gpu_specs = _gpu_specs(torch)
+        gpu_specs = _gpu_specs(torch, gpus)
         listed = []
         for name in planner.names():
             backend = load(name)
@@ -180,12 +181,11 @@ def _backends(torch: ModuleType | None, about_torch: dict[str, Any]) -> dict[str
         return {"backends": [], "no_backends": f"attn does not load: {_one_line(error)}. Cure: {cure}", "calls": []}
 
 
-def _gpu_specs(torch: ModuleType) -> list[Any]:
+def _gpu_specs(torch: ModuleType, gpus: list[dict[str, Any]]) -> list[Any]:
     """One plain bfloat16 call for each kind of GPU here."""
-    from attn.spec import AttentionSpec, arch_of
+    from attn.spec import AttentionSpec
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    archs = sorted({arch_of("cuda", i) for i in range(count)})
+    archs = sorted({gpu["arch"] for gpu in gpus if gpu["device"] == "cuda"})
     return [AttentionSpec(device="cuda", dtype=torch.bfloat16, arch=a, head_dim=64, value_dim=64) for a in archs]
 
 
