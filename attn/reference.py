@@ -73,13 +73,18 @@ def attend(x: Operands, weights: str = "") -> tuple[Tensor, Tensor, Tensor | Non
 
 @without_autocast
 def infer(x: Operands, weights: str = "") -> tuple[Tensor, Tensor | None]:
-    """(out, weights or None) alone. Where no row can be dead the fused softmax serves."""
-    if weights and x.bias is None and x.rng is None and not x.hides and x.k.shape[2]:
-        p = torch.softmax(scores(x)[0], -1)
-        out = p @ per_query_head(x, x.v.to(p.dtype))
-        return rows(out.to(x.q.dtype)), _shown(x, p, None, weights == "mean")
-    out, _, w = attend(x, weights)
-    return out, w
+    """(out, weights or None) alone. In plain calls, where no row can be dead, few fused operations serve."""
+    if not weights or x.bias is not None or x.alibi_slopes is not None or x.softcap or x.rng is not None or x.hides:
+        out, _, w = attend(x, weights)
+        return out, w
+    q, k, v = x.q, x.k, x.v
+    dtype = q.dtype
+    if dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()
+    p = torch.softmax((q @ per_query_head(x, k).transpose(-1, -2)).mul_(x.scale), -1)
+    out = p @ per_query_head(x, v)
+    p = p.mean(1) if weights == "mean" else p
+    return (out, p) if dtype.itemsize > 2 else (out.to(dtype), p.to(dtype))
 
 
 @without_autocast
