@@ -73,7 +73,7 @@ def assert_gradients(
 
 
 def _dense(x: Operands, gradients: Gradients, weights: str, sequence: int) -> dict[str, Exact]:
-    s, d_cap, _ = reference.scores(x)
+    s, d_cap, seen = reference.scores(x)
     kept, m, l, _ = reference.probabilities(x, sequence)
     p = reference.normalised(s, m, l)
     v = reference.per_query_head(x, reference.within_lengths(x)[2])
@@ -95,7 +95,12 @@ def _dense(x: Operands, gradients: Gradients, weights: str, sequence: int) -> di
             torch.zeros_like(lse),
         ),
     }
+    none = torch.zeros_like(m)
+    found["m"] = Exact(m, none, m.nan_to_num(neginf=0.0).abs() + 1 + _row_max(error), none)
+    found["l"] = Exact(l, none, l * (1 + (p * error).sum(-1)), none)
     if weights:
+        if seen is not None:
+            kept = kept.masked_fill(~seen, 0.0)
         shown = Exact(kept, kept, kept * spread, alive.expand_as(kept))
         found["weights"] = shown.map(lambda t: t.mean(1)) if weights == "mean" else shown
     d_out, d_lse, d_weights = gradients
@@ -156,6 +161,7 @@ def _score_errors(x: Operands, s: Tensor, d_cap: Tensor | None) -> Tensor:
     """The rounding error of each score in units of eps; 0 where hidden, and where a huge bias absorbs the rest."""
     q, k, _ = reference.within_lengths(x)
     error = q.abs() @ reference.per_query_head(x, k.abs()).transpose(-1, -2) * abs(x.scale)
+    error = error * (1 + q.shape[-1] ** 0.5 / 8)  # a sum of D terms rounds D times, at random
     if d_cap is not None:
         error = error * d_cap + x.softcap
     if x.alibi_slopes is not None:
@@ -165,6 +171,10 @@ def _score_errors(x: Operands, s: Tensor, d_cap: Tensor | None) -> Tensor:
     return torch.where(s.isfinite(), error, 0.0)
 
 
+def _row_max(t: Tensor) -> Tensor:
+    return t.amax(-1) if t.shape[-1] else t.new_zeros(t.shape[:-1])
+
+
 def _alive(s: Tensor, l: Tensor) -> Tensor:
     return ((s != reference.NEG_INF) & (l != 0)[..., None]).to(s.dtype)
 
@@ -172,11 +182,12 @@ def _alive(s: Tensor, l: Tensor) -> Tensor:
 def _packed(x: Operands, gradients: Gradients) -> dict[str, Exact]:
     """The sequences' results joined; rows of no sequence are dead: exactly 0, lse -inf."""
     out = x.q.new_zeros(*x.q.shape[:3], x.v.shape[3])
-    like = {"out": out, "lse": out[..., 0]}
+    like = {"out": out, "lse": out[..., 0], "m": out[..., 0], "l": out[..., 0]}
     if gradients[0] is not None:
         like |= {"dq": x.q, "dk": x.k, "dv": x.v}
     whole = {n: Exact(t, t, t, t, gradient=n[0] == "d").map(torch.zeros_like) for n, t in like.items()}
-    whole["lse"].value.fill_(reference.NEG_INF)
+    for name in ("lse", "m"):
+        whole[name].value.fill_(reference.NEG_INF)
     for n, at_q, at_k, part in reference.sequences(x):
         d_out, d_lse, d_weights = (None if g is None else g[:, :, at_q] for g in gradients)
         for name, found in _dense(part, (d_out, d_lse, d_weights), "", n).items():

@@ -2,7 +2,7 @@
 
 Everything is held against float64 **on the rounded inputs**. Per element
 
-    bound = c * (eps(dtype) * A + eps(float32) * B + smallest * F)
+    bound = c * (eps(dtype) * A + eps(float32) * B + smallest * (1 + F))
 
 A is the same contraction on magnitudes (for out: |W| |V|): what rounding can cost. B is A with each term
 weighted by the rounding error of its score, in units of eps, which the exponential turns into a relative
@@ -61,7 +61,8 @@ class Exact:
         """The largest error allowed per element of a result in `dtype`."""
         eps, eps_scores, smallest = units(dtype, tf32)
         c = C_GRADIENT_16_BIT if self.gradient and dtype.itemsize == 2 else C
-        return c * (eps * self.rounding + eps_scores * self.exponent + smallest * self.floor)
+        floor = self.floor + (self.rounding > 0)  # terms and the result itself; 0 stays exact where nothing is added
+        return c * (eps * self.rounding + eps_scores * self.exponent + smallest * floor)
 
 
 @dataclass
@@ -91,12 +92,22 @@ def units(dtype: torch.dtype, tf32: bool = False) -> tuple[float, float, float]:
     return max(info.eps, eps_scores), eps_scores, max(single.tiny, info.tiny * info.eps)
 
 
-def compare(name: str, actual: Tensor, exact: Exact, gate: bool = False, tf32: bool = False) -> Verdict:
-    """Hold a result against its oracle. `gate` asks for the root mean square too: for ordinary data only."""
+def compare(
+    name: str,
+    actual: Tensor,
+    exact: Exact,
+    gate: bool = False,
+    tf32: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Verdict:
+    """Hold a result against its oracle. `gate` asks for the root mean square too: for ordinary data only.
+
+    `dtype` is that of the computation, where actual is something wider made from its result.
+    """
     if actual.shape != exact.value.shape:
         shapes = f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.value.shape)}"
         return Verdict(name, math.inf, 0.0, shapes)
-    dtype = actual.dtype
+    dtype = dtype or actual.dtype
     got = actual.detach().to(exact.value)
     bound = exact.bound(dtype, tf32)
     same = (got == exact.value) | (got.isnan() & exact.value.isnan())
