@@ -1,4 +1,4 @@
-"""Models of an installed library that hold `nn.MultiheadAttention`, replaced: same outputs, same gradients, ours called.
+"""Models of an installed library that hold `nn.MultiheadAttention`, replaced: same outputs and gradients, ours called.
 
 transformers is no dependency: where it is missing these tests are skipped. `.ci/run` installs it for them.
 """
