@@ -47,11 +47,11 @@ $(INSTALLED): pyproject.toml setup.py
 	@echo "== 2/3 $(TORCH_SPEC) (several minutes where it has to be downloaded)"
 	@$(BIN)/python -m pip install $(TORCH_SPEC)
 	@echo "== 3/3 this package, with what its tests and its demo need"
-	@$(BIN)/python -m pip install -e ".[test,bench]"
+	@$(BIN)/python -m pip install -q -e ".[test,bench]"
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	@$(BIN)/python -m pip install -e ".[dev]"
+	@$(BIN)/python -m pip install -q -e ".[dev]"
 	@touch $@
 
 clean:
