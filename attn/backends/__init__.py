@@ -7,6 +7,7 @@ import importlib
 from attn.backends.base import Backend
 
 BACKENDS = {
+    "triton": "attn.backends.triton:TritonBackend",
     "sdpa": "attn.backends.sdpa:SdpaBackend",
     "reference": "attn.backends.reference:ReferenceBackend",
 }

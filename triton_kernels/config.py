@@ -1,0 +1,133 @@
+"""Which tile each kernel runs with: one table, screened by offline compiles (docs/triton.md), not yet on hardware."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+SHARED = {  # bytes of shared memory that a block may use; Triton itself refuses nothing
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_103": 227 << 10,
+    "sm_120": 99 << 10,
+    "sm_121": 99 << 10,
+    "gfx942": 64 << 10,
+}
+
+FAMILY = {
+    "sm_80": "sm_80",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
+    "sm_110": "sm_100",
+    "gfx942": "gfx942",
+    "": "interpreter",
+}
+"""Architectures whose rows differ; every other one has the rows of "small": 99 KiB of shared memory, no wgmma."""
+
+
+class Tile(NamedTuple):
+    """Query rows, keys, warps, pipeline stages, register limit (0: none)."""
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+    registers: int = 0
+
+
+# (family, pass) -> {head_dim bucket: tile}, or (light, heavy) tiles. Heavy: a dense mask, dropout, softcap or ALiBi.
+_16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, Tile]]] = {
+    ("sm_90", "forward"): {
+        64: (Tile(128, 128, 8, 2, 128), Tile(128, 64, 8)),
+        128: (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8)),
+        256: Tile(128, 64, 8),
+    },
+    ("sm_90", "keys"): {64: Tile(64, 64, 4), 128: (Tile(64, 128, 8), Tile(32, 128, 8))},
+    ("sm_90", "dk"): {256: Tile(32, 128, 8)},
+    ("sm_90", "dv"): {256: Tile(64, 128, 8)},
+    ("sm_90", "queries"): {64: Tile(128, 64, 8), 128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
+    ("sm_90", "one_pass"): {64: Tile(64, 128, 8)},
+    ("sm_100", "forward"): {64: Tile(128, 128, 8), 128: Tile(128, 128, 8), 256: Tile(128, 32, 8)},
+    ("sm_100", "keys"): {64: Tile(64, 128, 8), 128: Tile(64, 128, 8, 1)},
+    ("sm_100", "dk"): {256: Tile(32, 64, 8)},
+    ("sm_100", "dv"): {256: Tile(32, 64, 8)},
+    ("sm_100", "queries"): {64: Tile(128, 64, 8), 128: Tile(128, 64, 8, 1), 256: Tile(128, 32, 8)},
+    ("sm_80", "forward"): {64: Tile(64, 64, 4), 128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
+    ("sm_80", "keys"): {64: Tile(32, 128, 8), 128: Tile(64, 64, 8)},
+    ("sm_80", "dk"): {256: Tile(32, 64, 8)},
+    ("sm_80", "dv"): {256: Tile(32, 64, 8)},
+    ("sm_80", "queries"): {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8, 1)},
+    ("small", "forward"): {64: Tile(64, 64, 4), 128: Tile(64, 64, 4), 256: Tile(64, 32, 4, 1)},
+    ("small", "keys"): {64: Tile(32, 128, 8), 128: Tile(64, 64, 8)},
+    ("small", "dk"): {256: Tile(32, 64, 8, 1)},
+    ("small", "dv"): {256: Tile(32, 64, 8)},
+    ("small", "queries"): {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8, 1)},
+    ("gfx942", "forward"): {64: Tile(128, 64, 4), 128: Tile(128, 64, 8), 256: Tile(64, 32, 4)},
+    ("gfx942", "keys"): {64: Tile(64, 64, 4), 128: Tile(32, 64, 4)},
+    ("gfx942", "dk"): {256: Tile(32, 64, 4)},
+    ("gfx942", "dv"): {256: Tile(32, 64, 4)},
+    ("gfx942", "queries"): {64: Tile(128, 64, 8), 128: Tile(64, 32, 4), 256: Tile(64, 32, 4)},
+}
+_COMMON: dict[str, Tile] = {
+    "bias": Tile(64, 64, 8, 1),
+    "weights": Tile(64, 64, 4, 1),
+    "decode": Tile(16, 64, 4, 2),
+    "delta": Tile(64, 0, 4, 1),
+}
+_FLOAT32: dict[int, Tile] = {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
+_INTERPRETER = Tile(32, 32, 4, 1)
+
+
+def bucket(dim: int) -> int:
+    """The head_dim bucket of the table: tiles are padded to powers of two."""
+    return 64 if dim <= 64 else 128 if dim <= 128 else 256
+
+
+def parts(dim: int, one_pass: bool = False) -> tuple[str, ...]:
+    """The kernels that give dK and dV: above head_dim 128 the registers do not hold both."""
+    if dim > 128:
+        return ("dk", "dv")
+    return ("one_pass",) if one_pass else ("keys",)
+
+
+def tile(arch: str, name: str, dim: int, itemsize: int, heavy: bool) -> Tile:
+    """The tile of one pass; `dim` is the larger head_dim."""
+    family = FAMILY.get(arch, "small")
+    if family == "interpreter":
+        return _INTERPRETER._replace(rows=64) if name == "delta" else _INTERPRETER
+    if name in _COMMON:
+        return _COMMON[name]
+    if itemsize == 4:
+        return _FLOAT32[bucket(dim)]
+    found = _16_BIT.get((family, name)) or _16_BIT[family, "keys"]
+    at = found[bucket(dim)]
+    return at if isinstance(at, Tile) else at[heavy]
+
+
+def one_pass(arch: str, dim: int, itemsize: int, heavy: bool) -> bool:
+    """Whether the backward with dQ by atomics is wanted, and compiles without spills there."""
+    if os.environ.get("ATTN_TRITON_ONE_PASS", "0") in ("", "0") or heavy or itemsize != 2:
+        return False
+    return bucket(dim) in _16_BIT.get((FAMILY.get(arch, "small"), "one_pass"), ())
+
+
+def descriptors(arch: str) -> bool:
+    """Whether blocks are loaded by tensor descriptors (TMA) where the strides allow it."""
+    return FAMILY.get(arch, "small") in ("sm_90", "sm_100")
+
+
+MOST_SPLITS = 64
+"""Parts into which decoding splits the keys of a sequence: what the combining kernel holds in registers."""
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

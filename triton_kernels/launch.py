@@ -1,0 +1,76 @@
+"""Launching: a table of compiled kernels in place of Triton's binder, which costs 40 to 50 microseconds a launch."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+from .tile import place
+
+INTERPRETED = not isinstance(place, triton.runtime.JITFunction)
+"""Whether TRITON_INTERPRET=1 was set when the kernels were defined: then they run on CPU tensors, slowly."""
+if INTERPRETED:
+    from . import interpreter
+
+    interpreter.install()
+
+
+class Entry:
+    """One kernel with its compile-time constants. The first call goes through Triton, which compiles or finds the
+    compiled kernel; later ones call that directly. So an entry must serve only calls that Triton would specialise
+    alike: same dtypes, strides and pointer alignment. `direct=False` always takes Triton's way."""
+
+    __slots__ = ("constants", "direct", "fn", "kernel", "options", "scratch", "values")
+
+    def __init__(self, fn: Any, constants: dict[str, Any], options: dict[str, Any], direct: bool = True) -> None:
+        self.fn = fn
+        self.constants = constants
+        self.values = tuple(constants.values())
+        self.options = options
+        self.direct = direct and not INTERPRETED
+        self.kernel: Any = None
+        self.scratch = False
+
+    def __call__(self, grid: int, args: tuple[Any, ...], device: int | None) -> None:
+        """Launch `grid` programs on the current stream of the device, which must be the current one."""
+        if self.kernel is None:
+            self._first(grid, args)
+        elif self.scratch:
+            _with_scratch(lambda: self._again(grid, args, device))
+        else:
+            self._again(grid, args, device)
+
+    def _first(self, grid: int, args: tuple[Any, ...]) -> None:
+        run = self.fn[(grid,)]
+        if INTERPRETED:
+            run(*args, **self.constants, **self.options)
+            return
+        kernel = _with_scratch(lambda: run(*args, **self.constants, **self.options))
+        if self.direct:
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            self.scratch = kernel.metadata.global_scratch_size > 0
+            self.kernel = kernel
+
+    def _again(self, grid: int, args: tuple[Any, ...], device: int | None) -> None:
+        kernel, stream = self.kernel, driver.active.get_current_stream(device)
+        how = kernel.function, kernel.packed_metadata, None, None, None
+        kernel.run(grid, 1, 1, stream, *how, *args, *self.values)
+
+
+def _with_scratch(run: Callable[[], Any]) -> Any:
+    """Run with an allocator for the scratch memory of tensor descriptors, and leave the caller's as it is."""
+
+    def inside() -> Any:
+        triton.set_allocator(_allocate)
+        return run()
+
+    return contextvars.copy_context().run(inside)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
