@@ -161,13 +161,15 @@ def _integer(where: str, name: str, t: Tensor, dims: int) -> None:
 def _minimum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    if a.shape != b.shape:
+        raise ValueError(f"padding & padding: lengths of {tuple(a.shape)} and {tuple(b.shape)} do not match")
     return torch.minimum(a, b)
 
 
 def _and_bands(a: Mask, b: Mask) -> tuple[Band | None, Tensor | None, tuple[Mask, ...]]:
     if a.band is None or b.band is None:
         return (b.band, b.prefix, ()) if a.band is None else (a.band, a.prefix, ())
-    if a.band == b.band and a.prefix is not None and b.prefix is not None:
+    if a.band == b.band and a.prefix is not None and b.prefix is not None and a.prefix.shape == b.prefix.shape:
         return a.band, torch.minimum(a.prefix, b.prefix), ()
     if a.band.anchor == b.band.anchor and a.prefix is None and b.prefix is None:
         sides = [(a.band.left, b.band.left), (a.band.right, b.band.right)]
@@ -201,6 +203,8 @@ def _and_documents(a: Mask, b: Mask) -> tuple[Tensor | None, Tensor | None]:
 def _and_dense(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    if not all(n == m or 1 in (n, m) for n, m in zip(reversed(a.shape), reversed(b.shape), strict=False)):
+        raise ValueError(f"dense & dense: shapes {tuple(a.shape)} and {tuple(b.shape)} do not broadcast")
     if a.dtype == torch.bool and b.dtype == torch.bool:
         return a & b
     if a.dtype == torch.bool:

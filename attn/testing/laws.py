@@ -63,7 +63,7 @@ def products(x: Operands, dq: Tensor, dk: Tensor, d_out: Tensor) -> Verdict:
     want = (k * dk.double()).sum((2, 3))
     longest = _norm(k).amax((1, 2))[:, None, None] if k.numel() else k.new_zeros(k.shape[0], 1, 1)
     rows = _slope_size(x, d_out) * abs(x.scale) * _norm(q) * longest
-    size = reference.per_key_head(x, rows.sum(2)[:, :, None, None])[..., 0, 0]
+    size = reference.per_key_head(x, rows.square().sum(2)[:, :, None, None])[..., 0, 0].sqrt()
     return _law("sum q dq - sum k dk", dq, got, want, size, size)
 
 
