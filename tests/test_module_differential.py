@@ -1,0 +1,204 @@
+"""`attn.MultiheadAttention` against `nn.MultiheadAttention` on random configurations of everything.
+
+Both run on the same parameters and inputs, and PyTorch's once more in float64; outputs, weights and every gradient
+are compared, and where PyTorch raises, ours raises the same type. `ATTN_TEST_BACKEND=name` runs one forced backend;
+configurations that it refuses are counted, not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn
+from attn.testing import assert_module_close, spy
+
+sys.path.insert(0, str(Path(__file__).parent))
+from module_configs import Call, Config, call_of, double, draw, stock_module
+
+CONFIGURATIONS = 640
+FORCED_CONFIGURATIONS = 160
+"""For a backend that is forced: the same ones, from the start."""
+
+REFUSED = "was asked for and cannot run this call"
+FORCED = os.environ.get("ATTN_TEST_BACKEND")
+
+
+def backends() -> list[str]:
+    """ "" (the planner's choice) and each backend that CPU tensors can be forced onto."""
+    if FORCED:
+        return [FORCED]
+    here = attn.available_backends()
+    return ["", *(name for name in ("cpu", "sdpa", "reference") if name in here)]
+
+
+Results = dict[str, Tensor | None]
+
+
+def results_of(module: nn.MultiheadAttention, c: Config, call: Call) -> Results:
+    """Output, weights and every gradient of one run."""
+    module.zero_grad()
+    with contextlib.nullcontext() if c.grad else torch.no_grad():
+        out, weights = module(**call.tensors, **c.kwargs)
+    found: Results = {"out": out, "weights": weights}
+    if not c.grad or (c.dead_rows and c.need_weights):
+        return found
+    g = torch.Generator().manual_seed(c.seed + 2)
+    loss = out.new_zeros(())
+    for name, result in (("out", out), ("weights", weights)):
+        if result is not None and (c.loss in (name, "both") or weights is None):
+            loss = loss + (result * torch.randn(result.shape, generator=g).to(c.dtype).to(result.dtype)).sum()
+    loss.backward()
+    found |= {f"grad of {n}": p.grad for n, p in module.named_parameters()}
+    return found | {f"grad of {n}": leaf.grad for n, leaf in call.leaves().items()}
+
+
+@contextlib.contextmanager
+def fast_path(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def outcome(module: nn.MultiheadAttention, c: Config, call: Call) -> Results | Exception:
+    """What a run returns, or the exception that it raises."""
+    try:
+        return results_of(module, c, call if c.fault else call.copied(c.dtype))
+    except Exception as error:
+        return error
+
+
+def raises_in_stock_only(c: Config) -> bool:
+    """Calls that PyTorch refuses for no reason and ours runs (docs/differences.md)."""
+    return 0 in c.sizes and bool(c.padding or c.attn_mask) and not c.need_weights
+
+
+class Tally(Counter[str]):
+    """Counts of what happened, and the messages of what should not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong: list[str] = []
+
+    def report(self, backend: str) -> str:
+        served = ", ".join(f"{k.removeprefix('by ')} {n}" for k, n in sorted(self.items()) if k.startswith("by "))
+        words = [
+            f"{k} {self[k]}"
+            for k in (
+                "configurations",
+                "compared",
+                "errors alike",
+                "only PyTorch raises",
+                "refused",
+                "unsupported",
+                "mismatches",
+            )
+        ]
+        return f"differential [{backend or 'planner'}]: {', '.join(words)}; served by {served}"
+
+
+def as_stock_runs_it(c: Config) -> Config:
+    """The configuration with which PyTorch's result is right (docs/differences.md): its fused CPU kernel has wrong
+    gradients in rows that are finfo.min throughout, and takes the hint for the mask where keys are appended."""
+    if c.fault:
+        return c
+    if c.attn_mask == "finfo.min" and not c.need_weights:
+        return replace(c, need_weights=True, loss="out")
+    return replace(c, is_causal=c.is_causal and not c.follows_mask)
+
+
+def exact_and_stock(c: Config, stock: nn.MultiheadAttention, call: Call, theirs: Results) -> tuple[Results, Results]:
+    """PyTorch's results in float64, and ones whose distance from them says what its rounding costs in c.dtype."""
+    with fast_path(False):
+        exact = results_of(double(stock), c, call.copied(torch.float64))
+        if c.dtype != torch.float64:
+            return exact, theirs
+        single = results_of(copy.deepcopy(stock).float(), c, call.copied(torch.float32))
+    finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return exact, {n: t if t is None else t + (single[n] - t) * finer for n, t in exact.items()}
+
+
+def compare(c: Config, backend: str, tally: Tally) -> None:
+    """One configuration; raises AssertionError where ours differs."""
+    stock = stock_module(c)
+    ours = attn.MultiheadAttention(**c.ctor, dtype=c.dtype, masked_rows="nan" if c.dead_rows else "zero").train(
+        c.training
+    )
+    ours.load_state_dict(stock.state_dict())
+    call = call_of(c)
+    theirs_of = as_stock_runs_it(c)
+    with fast_path(not (c.fault or c.dead_rows or c.is_causal)):
+        theirs = outcome(stock, theirs_of, call)
+    with spy() as calls, attn.use_backend(backend) if backend else contextlib.nullcontext():
+        got = outcome(ours, c, call)
+    tally["configurations"] += 1
+    for name in {name for name, _ in calls}:
+        tally[f"by {name}"] += 1
+    if isinstance(got, Exception) and REFUSED in str(got):
+        tally["refused"] += 1
+    elif isinstance(theirs, Exception) and raises_in_stock_only(c):
+        tally["only PyTorch raises"] += 1
+        tally["unsupported"] += isinstance(got, Exception)
+    elif isinstance(theirs, Exception):
+        tally["errors alike"] += 1
+        if type(got) is not type(theirs):
+            raise AssertionError(f"PyTorch raises {theirs!r}, ours: {got!r:.200}")
+    elif c.fault:
+        raise AssertionError("the fault shows no effect in PyTorch")
+    elif isinstance(got, Exception):
+        tally["unsupported"] += 1
+        raise AssertionError(f"ours raises {got!r}")
+    else:
+        tally["compared"] += 1
+        exact, rounded = exact_and_stock(theirs_of, stock, call, theirs)
+        if not c.need_weights:
+            exact = exact | {"weights": None}
+        for name, expected in exact.items():
+            compare_one(name, got[name], expected, theirs[name], rounded[name])
+
+
+def compare_one(
+    name: str, mine: Tensor | None, exact: Tensor | None, theirs: Tensor | None, rounded: Tensor | None
+) -> None:
+    """One result: in dtype and shape PyTorch's, in value the exact one."""
+    if exact is None or theirs is None or rounded is None:
+        # No gradient at all in PyTorch; ours may be one of zeros.
+        if mine is not None and (name == "weights" or bool(mine.any())):
+            raise AssertionError(f"{name} is not None as in PyTorch, but {mine}")
+        return
+    if mine is None or mine.dtype != theirs.dtype:
+        raise AssertionError(f"{name} is {mine if mine is None else mine.dtype}, in PyTorch {theirs.dtype}")
+    assert_module_close(mine, exact, rounded, name)
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda name: name or "planner")
+def test_random_configurations(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the deprecation of mixed mask types has its own test
+        for seed in range(FORCED_CONFIGURATIONS if backend else CONFIGURATIONS):
+            c = draw(seed)
+            try:
+                compare(c, backend, tally)
+            except AssertionError as error:
+                tally["mismatches"] += 1
+                tally.wrong.append(f"{error}\n    {c}")
+    with capsys.disabled():
+        print("\n" + tally.report(backend))
+    assert not tally.wrong, f"{len(tally.wrong)} mismatches\n" + "\n".join(tally.wrong[:8])
+    assert tally["unsupported"] == 0
+    assert backend or tally["compared"] + tally["errors alike"] >= 500
