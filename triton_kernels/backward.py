@@ -27,6 +27,7 @@ from .tile import (
     stream,
     touches,
     unit,
+    zeros,
 )
 
 
@@ -103,8 +104,8 @@ def attn_backward_keys(
     key = load_rows(matrix(k, at.batch, hk, at.key0), k.row, j0, at.keys, F.D, BN, F.BD)
     value = load_rows(matrix(v, at.batch, hk, at.key0), v.row, j0, at.keys, F.DV, BN, F.BDV)
     c = unit(n, F)
-    d_key = tl.zeros([BN, F.BD], tl.float32)
-    d_value = tl.zeros([BN, F.BDV], tl.float32)
+    d_key = zeros(BN, F.BD)
+    d_value = zeros(BN, F.BDV)
     queries = stream_group(matrix(q, at.batch, hk * n.group, at.row0), q, n, at, F, F.D, BM, F.BD)
     grads = stream_group(matrix(d_out, at.batch, hk * n.group, at.row0), d_out, n, at, F, F.DV, BM, F.BDV)
     g = 0
@@ -114,7 +115,6 @@ def attn_backward_keys(
         h = hk * n.group + g
         i = i0 + tl.arange(0, BM)
         query = load_group(queries, q, g, i0, at, F, F.D, BM, F.BD)
-        do = load_group(grads, d_out, g, i0, at, F, F.DV, BM, F.BDV)
         m, r = load_statistics(m_in, r_in, i, at, h, n, padded, F)
         delta = tl.load(delta_in + padded_offset(n, at, h, padded, F) + i)
         edge = False
@@ -122,6 +122,7 @@ def attn_backward_keys(
             edge = needs_mask(j0, i0, span_, at, F, BN, BM, True)
         s, d_cap = scores(key, query, i[None, :], j[:, None], h, edge, at, mask, n, F)
         p = exponent(s, m[None, :], r[None, :], c, F)
+        do = load_group(grads, d_out, g, i0, at, F, F.DV, BM, F.BDV)
         if PART == "one_pass":  # keys past the end meet zero rows of k, and P may be inf there
             p = tl.where((j < at.keys)[:, None], p, 0.0)
         keep = True
@@ -215,7 +216,7 @@ def attn_backward_queries(
     deltas = delta_in + padded_offset(n, at, h, padded, F) + i
     delta = tl.load(deltas)
     c = unit(n, F)
-    d_query = tl.zeros([BM, F.BD], tl.float32)
+    d_query = zeros(BM, F.BD)
     total = tl.zeros([BM], tl.float32)
     for step in tl.range(span_.lo, span_.hi, BN, num_stages=STAGES):
         j0 = step

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, LN2, LOG2E, Place, clamp, online, scores, unit
+from .tile import INF, LN2, LOG2E, Place, clamp, online, scores, unit, zeros
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def attn_decode(
     c = unit(n, F)
     m = tl.full([BR], -INF, tl.float32)
     l = tl.zeros([BR], tl.float32)
-    acc = tl.zeros([BR, F.BDV], tl.float32)
+    acc = zeros(BR, F.BDV)
     for j0 in tl.range(lo, hi, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         seen = j < hi

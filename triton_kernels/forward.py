@@ -18,6 +18,7 @@ from .tile import (
     store_rows,
     stream,
     unit,
+    zeros,
 )
 
 
@@ -52,7 +53,7 @@ def attn_forward(
     c = unit(n, F)
     m = tl.full([BM], -INF, tl.float32)
     l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, F.BDV], tl.float32)
+    acc = zeros(BM, F.BDV)
     for step in tl.range(r.lo, r.hi, BN, num_stages=STAGES):
         j0 = step
         if F.PREFIX:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,20 @@ if INTERPRETED:
     from . import interpreter
 
     interpreter.install()
+
+
+_observers: list[list[Any]] = []
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[Any]]:
+    """The entries that are first called inside the block: what a call compiles."""
+    seen: list[Any] = []
+    _observers.append(seen)
+    try:
+        yield seen
+    finally:
+        _observers.remove(seen)
 
 
 class Entry:
@@ -46,6 +61,8 @@ class Entry:
             self._again(grid, args, device)
 
     def _first(self, grid: int, args: tuple[Any, ...]) -> None:
+        for seen in _observers:
+            seen.append(self)
         run = self.fn[(grid,)]
         if INTERPRETED:
             run(*args, **self.constants, **self.options)

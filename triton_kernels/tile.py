@@ -121,6 +121,12 @@ class Span(NamedTuple):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """An accumulator. (Triton 3.6 takes no attribute of a constant in a shape, but an argument.)"""
+    return tl.zeros([ROWS, COLS], tl.float32)
+
+
+@triton.jit
 def program(blocks, heads, REVERSED: tl.constexpr):
     """(block, head, sequence) of this program. REVERSED takes the longest rows of a causal mask first."""
     pid = tl.program_id(0)

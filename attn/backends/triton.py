@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 the same kernels run on CPU tensors, for tests; then onl
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -24,9 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 @functools.cache
 def _passes() -> ModuleType:
-    from attn.triton_kernels import passes
-
-    return passes
+    return importlib.import_module("attn.triton_kernels.passes")
 
 
 R = TypeVar("R")

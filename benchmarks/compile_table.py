@@ -1,0 +1,242 @@
+"""Compile the Triton kernels for GPUs that need not be there, and read what the compiler made of them.
+
+The passes themselves run, on CPU tensors, with a driver that compiles for the wanted architecture and launches nothing:
+so every kernel comes with the flags, tile and strides of a real call. Registers, stack and instructions are read from
+the machine code with the `cuobjdump` that Triton ships.
+
+    python -m attn.benchmarks.compile_table               # the table of docs/triton.md, into benchmarks/results/
+    python -m attn.benchmarks.compile_table --quick       # head_dim 64 and 128, bfloat16, common features
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from attn.spec import DecodeOperands, Operands
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+HEAD_DIMS = (32, 64, 100, 128, 192, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RESULTS = Path(__file__).parent / "results" / "triton-compile.json"
+
+
+class Row(NamedTuple):
+    """What one compiled kernel needs. `spills` are bytes of stack (NVIDIA) or spilled registers (AMD)."""
+
+    arch: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    features: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    fits: bool
+    products: dict[str, int]
+    exponentials: int
+
+    @property
+    def key(self) -> str:
+        """What identifies the row in the committed table."""
+        return f"{self.arch} {self.kernel} {self.dtype} {self.head_dim} {self.features}"
+
+
+FEATURES = ("none", "causal", "lengths", "causal lengths", "documents", "keep", "bias", "alibi", "softcap", "dropout")
+COMMON = FEATURES[:4]
+"""The feature sets that must not spill at head_dim <= 128 on sm_80, sm_90 and sm_100."""
+HEAVIEST = "causal lengths documents keep bias alibi softcap dropout weights"
+HEAVY_SETS = (*FEATURES[4:], "bias dropout", "weights", "packed causal", HEAVIEST)
+
+
+def operands(dtype: torch.dtype, head_dim: int, features: str) -> Operands:
+    """A small call with these features."""
+    words = features.split()
+    B, H, L = 2, 2, 256
+    shape = (1 if "packed" in words else B, L, H, head_dim)
+    q, k, v = (torch.zeros(shape, dtype=dtype).transpose(1, 2) for _ in range(3))
+    i32 = {"dtype": torch.int32}
+    x = Operands(q, k, v, scale=head_dim**-0.5)
+    if "packed" in words:
+        cu = torch.tensor([0, 100, L], **i32)
+        x = x._replace(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=L, max_seqlen_k=L)
+    if "causal" in words:
+        x = x._replace(right=0)
+    if "lengths" in words:
+        x = x._replace(key_lengths=torch.full((B,), L, **i32), query_lengths=torch.full((B,), L, **i32))
+    if "documents" in words:
+        ids = torch.zeros(B, L, dtype=torch.int64)
+        x = x._replace(ids_q=ids, ids_k=ids)
+    if "keep" in words:
+        x = x._replace(keep=torch.ones(B, 1, L, L, dtype=torch.bool))
+    if "bias" in words:
+        x = x._replace(bias=torch.zeros(1, H, L, L, dtype=dtype))
+    if "alibi" in words:
+        x = x._replace(alibi_slopes=torch.zeros(B, H))
+    if "softcap" in words:
+        x = x._replace(softcap=20.0)
+    if "dropout" in words:
+        x = x._replace(rng=torch.zeros(2, dtype=torch.int64), dropout_p=0.1)
+    return x
+
+
+class _Driver:
+    """A Triton driver for a GPU that is not there: compiles, loads nothing, launches nothing."""
+
+    binary_ext = "cubin"
+    _numbers: dict[str, int] = {}  # noqa: RUF012 - Triton keeps compiled kernels by device number
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        self.device = self._numbers.setdefault(arch, len(self._numbers))
+        self.utils = self
+        self.launches = 0
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        return self._launch
+
+    def _launch(self, *args: Any) -> None:
+        self.launches += 1
+
+    def load_binary(self, name: str, kernel: Any, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+@contextlib.contextmanager
+def offline(arch: str) -> Iterator[_Driver]:
+    """Inside the block the passes take CPU tensors, compile for `arch` and launch nothing.
+
+    Raises RuntimeError under TRITON_INTERPRET=1, where nothing is compiled.
+    """
+    from triton.runtime import driver
+
+    from attn.triton_kernels import arguments, launch
+
+    if launch.INTERPRETED:
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: the kernels run in the interpreter and compile for nothing; unset it"
+        )
+    fake = _Driver(arch)
+    before = arguments.arch_of
+    active = driver._active  # None before any real driver was asked for; `reset_active` would ask for one
+    driver.set_active(fake)
+    arguments.arch_of = lambda kind, index: arch
+    arguments.plans.clear()
+    try:
+        yield fake
+    finally:
+        arguments.arch_of = before
+        arguments.plans.clear()
+        driver._active = active
+
+
+def compiled(arch: str, dtype: torch.dtype, head_dim: int, features: str, passes: tuple[str, ...]) -> list[Row]:
+    """Compile the kernels of these passes ("forward", "backward", "weights", "decode") and read them."""
+    from attn.triton_kernels import arguments, launch
+    from attn.triton_kernels import passes as run
+
+    x = operands(dtype, head_dim, features)
+    with offline(arch), launch.observed() as entries:
+        out, m, l = torch.zeros_like(x.q), *torch.zeros(2, *x.q.shape[:3])
+        if "forward" in passes:
+            run.forward(x)
+        if "backward" in passes:
+            d_weights = torch.zeros(2, 256, 256, dtype=dtype) if "weights" in features.split() else None
+            run.backward(x, (out, m, l), torch.zeros_like(x.q), None, d_weights, x.bias is not None)
+        if "weights" in passes:
+            run.weights(x, m, l, True)
+        if "decode" in passes:
+            cache = torch.zeros(2, 2, 4096, head_dim, dtype=dtype)
+            lengths = torch.full((2,), 4096, dtype=torch.int32)
+            q = torch.zeros(2, 16, 1, head_dim, dtype=dtype)
+            run.decode(DecodeOperands(q, cache, cache, lengths, scale=head_dim**-0.5))
+        arguments.plans.clear()
+    name = str(dtype).removeprefix("torch.")
+    return [_read(entry, arch, name, head_dim, features) for entry in entries]
+
+
+def _read(entry: Any, arch: str, dtype: str, head_dim: int, features: str) -> Row:
+    from attn.triton_kernels import config
+
+    kernel, constants = entry.kernel, entry.constants
+    name = kernel.name.removeprefix("attn_").removeprefix("backward_")
+    part = constants.get("PART")
+    if part:
+        name = part
+    if constants.get("DELTA"):
+        name = "weights_delta"
+    rows = constants.get("BM", constants.get("BR", 0))
+    tile = f"{rows}x{constants.get('BN', 0)} w{kernel.metadata.num_warps} s{constants.get('STAGES', 1)}"
+    if entry.options.get("maxnreg"):
+        tile += f" r{entry.options['maxnreg']}"
+    shared = kernel.metadata.shared
+    numbers = _read_amd(kernel) if arch.startswith("gfx") else _read_nvidia(kernel)
+    fits = shared <= config.SHARED[arch]
+    return Row(arch, name, dtype, head_dim, features, tile, *numbers[:2], shared, fits, *numbers[2:])
+
+
+def _read_nvidia(kernel: Any) -> tuple[int, int, dict[str, int], int]:
+    """(registers, bytes of stack, matrix instructions, exponentials)."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text[0])
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources for {kernel.name}: {text[0][:200]}")
+    products = {n: len(re.findall(rf"\b{n}\b", text[1])) for n in ("HMMA", "HGMMA", "UTCHMMA")}
+    return (
+        *(int(found[1]), int(found[2])),
+        {n: count for n, count in products.items() if count},
+        len(re.findall(r"\bMUFU\.EX2\b", text[1])),
+    )
+
+
+def _read_amd(kernel: Any) -> tuple[int, int, dict[str, int], int]:
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:?\s+(\d+)", text)
+        return int(found[1]) if found else -1
+
+    products = len(re.findall(r"v_mfma_", text))
+    return (
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        {"MFMA": products} if products else {},
+        text.count("v_exp_f32"),
+    )
