@@ -276,8 +276,8 @@ def _zero_past(t: Tensor, lengths: Tensor) -> Tensor:
 
 def per_query_head(x: Operands, t: Tensor) -> Tensor:
     """(B, Hkv, ...) repeated to (B, Hq, ...)."""
-    group = x.q.shape[1] // t.shape[1]
-    return t if group == 1 else t.repeat_interleave(group, 1)
+    heads, kv_heads = x.q.shape[1], t.shape[1]
+    return t if heads == kv_heads else t.repeat_interleave(heads // kv_heads, 1)
 
 
 def per_key_head(x: Operands, t: Tensor) -> Tensor:
