@@ -282,8 +282,8 @@ def per_query_head(x: Operands, t: Tensor) -> Tensor:
 
 def per_key_head(x: Operands, t: Tensor) -> Tensor:
     """(B, Hq, ...) summed over each group to (B, Hkv, ...)."""
-    heads, group = x.k.shape[1], x.q.shape[1] // x.k.shape[1]
-    return t if group == 1 else torch.unflatten(t, 1, (heads, group)).sum(2)
+    heads, kv_heads = x.q.shape[1], x.k.shape[1]
+    return t if heads == kv_heads else torch.unflatten(t, 1, (kv_heads, heads // kv_heads)).sum(2)
 
 
 def _gather_pages(cache: Tensor, table: Tensor | None) -> Tensor:
