@@ -238,6 +238,8 @@ def _execute(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if forward_ad._current_level >= 0:  # forward-mode derivatives: before anything looks at requires_grad
         return _from_reference(x, spec)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace records plain operations only
+        return _from_reference(x, spec)
     if not chosen.whole_call:
         return ops.attention(x, spec.weights, chosen.name, spec.lse, spec.grad, spec.bias_grad)
     if ops.functorch_active():  # PyTorch's fused kernels have no batching rule and no second derivative

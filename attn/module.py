@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from attn import masks
 from attn import module_checks as checks
 from attn.functional import attend
-from attn.masks import Mask
-from attn.module_masks import CAUSAL, Window, both, check_dtypes, merged, windowed
+from attn.masks import CAUSAL, Mask
+from attn.module_masks import Window, both, check_dtypes, merged, windowed
 from attn.rotary import Rotary
 
 
@@ -347,7 +347,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"dropout is {p}; in training it must be in [0, 1]")
         log = self._log
         kind = wanted if log is None else log.kind(wanted)
-        mark = bool(wanted) and self.masked_rows == "nan" and k.shape[2] > 0
+        mark = False
+        if wanted and self.masked_rows != "zero":
+            checks.check_settings(None, self.masked_rows)
+            mark = k.shape[2] > 0
         out, lse, weights = attend(
             q,
             k,

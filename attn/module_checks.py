@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn import masks
 from attn.backends import load
+from attn.operands import autocast_is_on
 from attn.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def check_weight(name: str, x: Tensor, weight: Tensor, packed: bool = True) -> N
         )
     if x.device != weight.device:
         raise RuntimeError(f"{name} is on {x.device}, the module's parameters on {weight.device}; use one device")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not autocast_is_on(x.device.type):
         raise RuntimeError(f"{name} is {x.dtype}, the module's parameters {weight.dtype}; convert one, or use autocast")
 
 

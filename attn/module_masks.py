@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attn import masks
-from attn.masks import Mask
-from attn.operands import values_known
+from attn.masks import CAUSAL, Mask
+from attn.operands import autocast_is_on, values_known
 
-CAUSAL = masks.causal()
 Window = tuple[int | None, int | None]
 
 
@@ -75,7 +74,7 @@ def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None, quer
         )
     kinds = [query.dtype if t.dtype == torch.bool else t.dtype for t in given]
     joint = kinds[0] if len(kinds) == 1 else torch.promote_types(*kinds)
-    if joint != query.dtype and not torch.is_autocast_enabled(query.device.type):
+    if joint != query.dtype and not autocast_is_on(query.device.type):
         names = ("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)
         got = " and ".join(f"{name} ({t.dtype})" for name, t in names if t is not None)
         raise RuntimeError(f"{got} must be bool or of the query's dtype {query.dtype}")

@@ -43,7 +43,7 @@ def checked(
         )
     if Hkv != H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"{_shapes(q, k, v, names)}: query heads ({H}) must be a multiple of key heads ({Hkv})")
-    if torch.is_autocast_enabled(q.device.type):
+    if torch._C._is_any_autocast_enabled():
         q, k, v = cast_under_autocast(q, k, v)
     check_dtype(q, k, v, names)
     scale = scale_of(scale, D)
@@ -144,10 +144,15 @@ def _refuse(name: str, t: Tensor, dims: int) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {wanted}")
 
 
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast is on for a device type; the meta device knows none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def cast_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where it is on; masks, biases and slopes stay as they are."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not autocast_is_on(kind) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -98,6 +98,8 @@ def plain_key(q: Tensor, k: Tensor, v: Tensor, *wishes: Any) -> tuple[Any, ...] 
         return None
     if q.is_nested or k.is_nested or v.is_nested or torch._C._is_any_autocast_enabled():
         return None
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors there
+        return None
     shapes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     layouts = (q.layout, k.layout, v.layout)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
