@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-torch.set_num_threads(2)  # sums split over another number of threads round differently
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules lie beside the tests
+torch.set_num_threads(1)  # small tensors are slower on two, and sums split over threads round differently
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --case "LINE"` replays cases instead of running the tests."""
+    parser.addoption("--case", action="append", default=[], metavar="LINE", help="replay this case on every backend")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--case` only the replay runs."""
+    if config.getoption("--case"):
+        items[:] = [item for item in items if item.name.startswith("test_replayed_case[")]
 
 
 @pytest.fixture(autouse=True)

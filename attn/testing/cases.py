@@ -96,7 +96,7 @@ class Case:
     @property
     def gated(self) -> bool:
         """Whether the data is ordinary enough for the root mean square gate."""
-        return self.kind == "normal"
+        return self.kind in data.ORDINARY
 
     @property
     def has_gradients(self) -> bool:

@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, ...]] = {  # kind -> the spec fields of which it nee
     "visible_nan": (),  # NaN in one query
 }
 FORWARD_ONLY = ("hidden_nan", "visible_nan")
+ORDINARY = ("normal", "dead", "finfo_min", "past_nan")
+"""Kinds whose scores are of ordinary size, so that the root mean square error is too."""
 PER_BATCH = ("past_nan", "hidden_nan")
 """Kinds whose NaN would be visible elsewhere if a sequence shared its memory with others."""
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "columns", "broadcast")

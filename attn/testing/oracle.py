@@ -67,7 +67,12 @@ def assert_gradients(
 ) -> list[Verdict]:
     """Hold gradients against `oracle(...)`; `gate` for ordinary data. Raises AssertionError; else verdicts."""
     found = {"dq": dq, "dk": dk, "dv": dv, "d_bias": d_bias}
-    verdicts = [compare(n, t, exact[n], gate, tf32) for n, t in found.items() if t is not None]
+    coarse = max((t.dtype for t in (dq, dk, dv) if t is not None), key=lambda d: torch.finfo(d).eps, default=None)
+    verdicts = [
+        compare(n, t, exact[n], gate, tf32, coarse if n == "d_bias" else None)
+        for n, t in found.items()
+        if t is not None
+    ]
     assert_verdicts(verdicts, where)
     return verdicts
 

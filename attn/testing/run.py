@@ -70,7 +70,7 @@ def judge(case: Case, results: Results) -> list[Verdict]:
         found = getattr(results, name)
         if found is not None:
             gate = case.gated and name not in ("lse", "weights")
-            verdicts.append(compare(name, found, exact[name], gate, tf32))
+            verdicts.append(compare(name, found, exact[name], gate, tf32, x.q.dtype if name == "d_bias" else None))
     if results.m is not None and results.l is not None:
         verdicts += judge_residuals(exact, results.m, results.l, tf32)
     return verdicts
