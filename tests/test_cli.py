@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from attn.cli.demo import models, train
 from attn.cli.progress import progress
 from attn.cli.table import table
 
-TINY = models.Size(steps=5, width=16, heads=2, layers=1, batch=2, length=32)
+TINY = models.Size(steps=5, seconds=60, width=16, heads=2, layers=1, batch=2, length=32)
 LINE = "attention cpu float32 head_dim=64 value_dim=64 band=start causal grad"
 
 
@@ -160,6 +161,14 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "reference (forward x 1)" in said or "cpu (forward x 1)" in said
     assert str(tmp_path / "new" / "folder" / "demo.png") in said
     assert (tmp_path / "new" / "folder" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_slow_machine_stops_the_demo_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "QUICK", dataclasses.replace(TINY, steps=50, seconds=0))
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert f"stopped after {train.FEWEST} of 50 steps" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     print(report.introduction(corpus, size), flush=True)
     pairs = []
     for task in (models.gpt_task(corpus, size), models.encoder_task(corpus, size)):
-        pair = train.both_ways(task, size.steps)
-        print(f"\n{report.section(pair)}", flush=True)
+        pair = train.both_ways(task, size)
+        print(f"\n{report.section(pair, size)}", flush=True)
         pairs.append(pair)
     agree = all(pair.agrees for pair in pairs)
     print(f"\n{report.verdict(agree)}\n{_picture(args.out, pairs)}")

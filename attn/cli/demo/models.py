@@ -19,6 +19,8 @@ class Size:
     """How large the models are and how long they are trained."""
 
     steps: int
+    seconds: float
+    """A busy or slow machine stops each model's training here, before all steps are done."""
     width: int
     heads: int
     layers: int
@@ -26,8 +28,8 @@ class Size:
     length: int
 
 
-FULL = Size(steps=120, width=128, heads=4, layers=4, batch=8, length=192)
-QUICK = Size(steps=40, width=64, heads=4, layers=2, batch=8, length=128)
+FULL = Size(steps=120, seconds=75, width=128, heads=4, layers=4, batch=8, length=192)
+QUICK = Size(steps=40, seconds=14, width=64, heads=4, layers=2, batch=8, length=128)
 
 
 @dataclass(frozen=True)

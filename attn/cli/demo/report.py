@@ -25,9 +25,12 @@ def introduction(corpus: Corpus, size: Size) -> str:
     )
 
 
-def section(pair: Pair) -> str:
+def section(pair: Pair, size: Size) -> str:
     """The tables of one model."""
     steps = len(pair.stock.losses)
+    stopped = (
+        "" if steps == size.steps else f"; stopped after {steps} of {size.steps} steps: {size.seconds:g} s were over"
+    )
     shown = sorted({round(i * (steps - 1) / (ROWS - 1)) for i in range(ROWS)})
     losses = [
         (str(i + 1), f"{pair.stock.losses[i]:.6f}", f"{pair.ours.losses[i]:.6f}", f"{pair.differences[i]:.1e}")
@@ -42,7 +45,7 @@ def section(pair: Pair) -> str:
     at = pair.differences.index(largest) + 1
     return "\n".join(
         [
-            f"{pair.task.name} ({pair.task.call})",
+            f"{pair.task.name} ({pair.task.call}){stopped}",
             table(("loss at step", "torch", "attn", "rel. difference"), losses, left=0),
             f"  largest difference {largest:.1e} at step {at} (may be {RUN:.0e}); "
             f"at the first step {pair.differences[0]:.1e} (may be {FIRST:.0e})",

@@ -20,12 +20,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import attn
-from attn.cli.demo.models import SEED, Task
+from attn.cli.demo.models import SEED, Size, Task
 from attn.cli.progress import progress
 from attn.testing import spy
 
 WARM_UP = 3
 """Steps at the start that are not timed."""
+FEWEST = 8
+"""Steps that are made however long they take."""
 FIRST, RUN = 1e-5, 1e-3
 """Largest relative difference of the losses at the first step, and over the run (float32)."""
 
@@ -67,14 +69,17 @@ class Pair:
         return self.differences[0] <= FIRST and all(d <= RUN for d in self.differences)
 
 
-def both_ways(task: Task, steps: int) -> Pair:
-    """Trains the task's model as it is and replaced."""
+def both_ways(task: Task, size: Size) -> Pair:
+    """Trains the task's model as it is and replaced, until the steps are made or the time is over."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stock, ours = (_training(task.model().to(device)) for _ in range(2))
     attn.replace(ours.model)
     ran: Counter[tuple[str, str]] = Counter()
-    with progress(task.name, steps) as advance:
-        for step in range(steps):
+    deadline = time.monotonic() + size.seconds
+    with progress(task.name, size.steps) as advance:
+        for step in range(size.steps):
+            if step >= FEWEST and time.monotonic() > deadline:
+                break
             for training in (stock, ours) if step % 2 else (ours, stock):
                 if step == WARM_UP - 1:
                     training.peak_bytes = _peak_bytes(task, training, device)
