@@ -141,7 +141,7 @@ def test_nested_input_that_cannot_be_taken() -> None:
     parts = [torch.randn(3, E), torch.randn(5, E)]
     strided, jagged = (torch.nested.nested_tensor(parts, layout=k) for k in (torch.strided, torch.jagged))
     m = attn.MultiheadAttention(E, H, batch_first=True)
-    with pytest.raises(AssertionError, match="layout torch.jagged"):
+    with pytest.raises(AssertionError, match=r"layout torch\.jagged"):
         m(jagged, jagged, jagged)
     with pytest.raises(AssertionError, match="self-attention only"):
         m(strided, torch.randn(2, 5, E), torch.randn(2, 5, E))
