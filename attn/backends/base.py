@@ -117,8 +117,8 @@ class Backend:
         return None
 
     def forward(self, x: Operands) -> Forward:
-        """out and the residuals m, l."""
-        raise NotImplementedError(f"backend {self.name} has no forward pass of its own")  # abstract
+        """out and the residuals m, l (abstract)."""
+        raise NotImplementedError(f"backend {self.name} has no forward pass of its own")
 
     def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
         """(out, weights or None) for a call that needs neither gradients nor the lse."""
@@ -128,8 +128,8 @@ class Backend:
         return self.forward(x)[0], None
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
-        """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) averaged or (B, Hq, L, S)."""
-        raise NotImplementedError(f"backend {self.name} returns no weights")  # abstract
+        """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) averaged or (B, Hq, L, S) (abstract)."""
+        raise NotImplementedError(f"backend {self.name} returns no weights")
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Forward and weights together; a backend that can share work between them overrides this."""
@@ -145,16 +145,16 @@ class Backend:
         d_weights: Tensor | None,
         needs_bias_grad: bool,
     ) -> Gradients:
-        """Gradients from what forward left. `d_weights` has 3 dims for averaged weights, 4 for per-head ones."""
-        raise NotImplementedError(f"backend {self.name} has no backward pass of its own")  # abstract
+        """Gradients from what forward left. `d_weights` has 3 dims for averaged weights, 4 for per-head ones (abstract)."""
+        raise NotImplementedError(f"backend {self.name} has no backward pass of its own")
 
     def decode(self, x: DecodeOperands) -> tuple[Tensor, Tensor]:
-        """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq) float32)."""
-        raise NotImplementedError(f"backend {self.name} does not decode")  # abstract
+        """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq) float32) (abstract)."""
+        raise NotImplementedError(f"backend {self.name} does not decode")
 
     def call(self, spec: AttentionSpec, x: Operands) -> Tensor:
-        """Whole-call backends only: out, recorded by PyTorch's own autograd."""
-        raise NotImplementedError(f"backend {self.name} works by passes, not by whole calls")  # abstract
+        """Whole-call backends only: out, recorded by PyTorch's own autograd (abstract)."""
+        raise NotImplementedError(f"backend {self.name} works by passes, not by whole calls")
 
     def tile(self, spec: AttentionSpec) -> tuple[int, int]:
         """(queries, keys) of the tile it would use: tests take their boundary lengths from it."""
