@@ -22,9 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--case` only the replay runs."""
-    if config.getoption("--case"):
-        items[:] = [item for item in items if item.name.startswith("test_replayed_case[")]
+    """With `--case` only the replay runs, without it everything else."""
+    replay = bool(config.getoption("--case"))
+    items[:] = [item for item in items if item.name.startswith("test_replayed_case[") == replay]
 
 
 @pytest.fixture(autouse=True)

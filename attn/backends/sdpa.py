@@ -60,10 +60,13 @@ class SdpaBackend(Backend):
         q, k, v = _hide_past_lengths(x)
         mask = _dense(x)
         if mask is None or mask.dtype == torch.bool or mask.dtype == q.dtype or spec.device == "cpu":
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped)
-        # Kernels off the CPU want mask and query in one dtype; rounding the mask to 16 bits would change the scores.
-        q, k, v = (t.to(mask.dtype) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped).to(x.q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped)
+        else:  # kernels off the CPU want mask and query in one dtype; a mask rounded to 16 bits is another mask
+            q, k, v = (t.to(mask.dtype) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped).to(x.q.dtype)
+        if x.query_lengths is None:
+            return out
+        return out.masked_fill(masks.past(x.query_lengths, out.shape[2]), 0.0)  # and 0 for whatever d_out holds there
 
 
 def _is_causal(spec: AttentionSpec, x: Operands) -> bool:

@@ -32,7 +32,9 @@ GATES = {"out": (0.7, 9.2), "dv": (0.95, 12.0)}
 GATE_OF_SLOPES = (2.0, 12.0)
 """The same for dq, dk and d_bias, where differences of near numbers are taken."""
 NOISE = 0.02
-"""The part of the magnitudes that is added to the size of a result for its gate: it may cancel to nothing."""
+"""The part of the magnitudes that is added to the size of a result for its gate, because results cancel."""
+CANCELLED = 0.001
+"""No gate where less than this part of the magnitudes is left (one key: dq is 0, and what is computed is noise)."""
 
 
 @dataclass
@@ -120,9 +122,10 @@ def _gate(name: str, got: Tensor, exact: Exact, dtype: torch.dtype, tf32: bool) 
     def rms(t: Tensor) -> float:
         return float(t.square().mean().sqrt()) if t.numel() else 0.0
 
-    size = rms(exact.value) + NOISE * rms(exact.rounding)
-    if not 0 < size < math.inf:
+    value, terms = rms(exact.value), rms(exact.rounding)
+    if not CANCELLED * terms < value < math.inf:
         return 0.0
+    size = value + NOISE * terms
     limit = GATES.get(name, GATE_OF_SLOPES)[dtype.itemsize != 2] * units(dtype, tf32)[0]
     return rms(got - exact.value) / size / limit
 
