@@ -384,6 +384,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         real = torch.arange(out.shape[1], device=x.device) < lengths[:, None]
         return torch._nested_tensor_from_mask(out, real, mask_check=False), weights
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script cannot compile attn.MultiheadAttention; call attn.restore(model) first, "
+            "or use torch.compile or torch.export"
+        )
+
     def _leaf_call(self, tensors: tuple[Any, Any, Any], **options: Any) -> Any:
         """One call_module node: symbolic tracing keeps this module whole, as it keeps PyTorch's."""
         tracer: Any = next(t.tracer for t in tensors if isinstance(t, torch.fx.Proxy))
