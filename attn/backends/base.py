@@ -128,7 +128,7 @@ class Backend:
         return self.forward(x)[0], None
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
-        """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) averaged or (B, Hq, L, S) (abstract)."""
+        """Probabilities after dropout from the residuals, in q's dtype: (B, L, S) or (B, Hq, L, S) (abstract)."""
         raise NotImplementedError(f"backend {self.name} returns no weights")
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,7 +145,7 @@ class Backend:
         d_weights: Tensor | None,
         needs_bias_grad: bool,
     ) -> Gradients:
-        """Gradients from what forward left. `d_weights` has 3 dims for averaged weights, 4 for per-head ones (abstract)."""
+        """Gradients from what forward left; `d_weights` has 3 dims if averaged, 4 per head (abstract)."""
         raise NotImplementedError(f"backend {self.name} has no backward pass of its own")
 
     def decode(self, x: DecodeOperands) -> tuple[Tensor, Tensor]:
