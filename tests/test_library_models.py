@@ -14,6 +14,7 @@ import attn
 from attn.testing import assert_module_close
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers runs these tests")
+pytestmark = pytest.mark.slow
 
 
 def siglip() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
