@@ -251,7 +251,7 @@ def _backends_text(found: dict[str, Any]) -> str:
         return f"  none: {found['no_backends']}"
     rows = []
     for backend in found["backends"]:
-        first = "works" if backend["works"] else f"does not: {backend['why_not']}"
+        first = "works" if backend["works"] else f"not here: {backend['why_not']}"
         doubts = list(backend["unproven"].values())
         if doubts:
             first = f"only when asked for: {doubts[0]}"
