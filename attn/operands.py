@@ -48,18 +48,20 @@ def checked(
     check_dtype(q, k, v, names)
     scale = scale_of(scale, D)
     cap = 0.0 if softcap is None else softcap_of(softcap)
-    seed = None
-    if dropout_p != 0.0:
+    dropout = dropout_p != 0.0
+    if dropout:
         check_dropout(dropout_p)
-        seed = rng.draw(q.device)
     if mask is None and bias is None and alibi_slopes is None:
+        seed = rng.draw(q.device) if dropout else None
         return Operands(q, k, v, rng=seed, scale=scale, softcap=cap, dropout_p=dropout_p)
     if bias is not None:
         bias = _four_dims("bias", bias, q, S, floating=True)
     if alibi_slopes is not None:
         alibi_slopes = slopes_of(alibi_slopes, B, H, q.device)
-    x = Operands(q, k, v, bias, alibi_slopes=alibi_slopes, rng=seed, scale=scale, softcap=cap, dropout_p=dropout_p)
-    return x if mask is None else _with_mask(x, mask)
+    x = Operands(q, k, v, bias, alibi_slopes=alibi_slopes, scale=scale, softcap=cap, dropout_p=dropout_p)
+    if mask is not None:
+        x = _with_mask(x, mask)
+    return x._replace(rng=rng.draw(q.device)) if dropout else x  # last: a refused call draws nothing
 
 
 def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:

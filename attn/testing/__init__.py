@@ -7,6 +7,7 @@
 | two computations of one thing | `assert_close(actual, expected)` |
 | no reference at that size | `laws.check(backend, x)` |
 | a kernel and random calls | `cases(n, seed)`, `assert_case(case, backend)` |
+| a call as users write it | `assert_public_case(case)`: by `attn.attention` and autograd |
 | memory to watch | `PoisonedEmpty()`, `Guarded()` |
 | a bug report | `Case.parse(line)`, and `pytest --case "line"` |
 | a doubt about what ran | `with spy() as calls: ...` |
@@ -18,6 +19,7 @@ from attn.testing import laws
 from attn.testing.cases import Case, cases
 from attn.testing.observe import Guarded, PoisonedEmpty, spy
 from attn.testing.oracle import NO_GRADIENTS, assert_forward, assert_gradients, in_double, oracle
+from attn.testing.public import assert_public_case
 from attn.testing.run import Results, assert_case, check, judge, judge_residuals, run_case
 from attn.testing.tolerance import (
     Exact,
@@ -42,6 +44,7 @@ __all__ = [
     "assert_forward",
     "assert_gradients",
     "assert_module_close",
+    "assert_public_case",
     "assert_verdicts",
     "cases",
     "check",
