@@ -136,18 +136,8 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
 def as_attention(x: DecodeOperands) -> Operands:
     """A decoding step as an ordinary call: pages gathered, the cache's length in `key_lengths`, end-anchored."""
     k, v = (_gather_pages(cache, x.block_table) for cache in (x.k_cache, x.v_cache))
-    return Operands(
-        x.q,
-        k,
-        v,
-        alibi_slopes=x.alibi_slopes,
-        key_lengths=x.lengths,
-        left=x.left,
-        right=x.right,
-        end=True,
-        scale=x.scale,
-        softcap=x.softcap,
-    )
+    whole = Operands(x.q, k, v, alibi_slopes=x.alibi_slopes, key_lengths=x.lengths, end=True)
+    return whole._replace(left=x.left, right=x.right, scale=x.scale, softcap=x.softcap)
 
 
 def scores(x: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -299,15 +289,10 @@ def sequences(x: Operands) -> Iterator[tuple[int, slice, slice, Operands]]:
     ends_q, ends_k = x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist()  # type: ignore[union-attr]
     for n in range(len(ends_q) - 1):
         at_q, at_k = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
-        part = x._replace(
-            q=x.q[:, :, at_q],
-            k=x.k[:, :, at_k],
-            v=x.v[:, :, at_k],
-            alibi_slopes=None if x.alibi_slopes is None else x.alibi_slopes[n : n + 1],
-            prefix=None if x.prefix is None else x.prefix.expand(len(ends_q) - 1)[n : n + 1],
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-        )
+        slopes = None if x.alibi_slopes is None else x.alibi_slopes[n : n + 1]
+        prefix = None if x.prefix is None else x.prefix.expand(len(ends_q) - 1)[n : n + 1]
+        part = Operands(x.q[:, :, at_q], x.k[:, :, at_k], x.v[:, :, at_k], *x[3:])
+        part = part._replace(alibi_slopes=slopes, prefix=prefix, cu_seqlens_q=None, cu_seqlens_k=None)
         yield n, at_q, at_k, part
 
 
