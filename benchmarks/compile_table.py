@@ -10,9 +10,7 @@ the machine code with the `cuobjdump` that Triton ships.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import re
 import subprocess
 import tempfile

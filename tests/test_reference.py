@@ -79,7 +79,9 @@ def by_hand(x: Operands, b: int, h: int, i: int) -> tuple[list[float], float]:
     g = x.q.shape[1] // x.k.shape[1]
     scores = []
     for j in range(S):
-        s = x.scale * sum(float(a) * float(c) for a, c in zip(x.q[b, h, i].tolist(), x.k[b, h // g, j].tolist(), strict=True))
+        s = x.scale * sum(
+            float(a) * float(c) for a, c in zip(x.q[b, h, i].tolist(), x.k[b, h // g, j].tolist(), strict=True)
+        )
         s = x.softcap * math.tanh(s / x.softcap) if x.softcap else s
         if x.alibi_slopes is not None:
             s -= float(x.alibi_slopes[b, h]) * abs(i + lk - lq - j)
