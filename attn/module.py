@@ -274,7 +274,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if is_causal and not wanted and not extra and key_padding_mask is None:
             mask = CAUSAL  # the hint, taken at its word exactly where PyTorch takes it so
         elif attn_mask is not None or key_padding_mask is not None:
-            check_dtypes(attn_mask, key_padding_mask, query)
+            check_dtypes(attn_mask, key_padding_mask, query, bool(wanted))
             sizes = (q.shape[0], q.shape[1], q.shape[2], S)
             checks.check_mask_sizes(key_padding_mask, attn_mask, sizes)
             mask, bias = merged(attn_mask, key_padding_mask, sizes, extra)

@@ -60,10 +60,11 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
     return a & b
 
 
-def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> None:
+def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, need_weights: bool) -> None:
     """Warn, as PyTorch does, where a bool and a float mask meet.
 
-    Raises RuntimeError for a float mask whose dtype is not the query's (outside autocast, which casts).
+    Raises RuntimeError for a float mask whose dtype is not the query's: float32 may stand beside any query without
+    weights, as in PyTorch, and autocast casts.
     """
     given = [t for t in (attn_mask, key_padding_mask) if t is not None]
     if len(given) == 2 and given[0].dtype != given[1].dtype:
@@ -74,7 +75,8 @@ def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None, quer
         )
     kinds = [query.dtype if t.dtype == torch.bool else t.dtype for t in given]
     joint = kinds[0] if len(kinds) == 1 else torch.promote_types(*kinds)
-    if joint != query.dtype and not autocast_is_on(query.device.type):
+    fits = joint == query.dtype or (joint == torch.float32 and not need_weights)
+    if not fits and not autocast_is_on(query.device.type):
         names = ("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)
         got = " and ".join(f"{name} ({t.dtype})" for name, t in names if t is not None)
         raise RuntimeError(f"{got} must be bool or of the query's dtype {query.dtype}")

@@ -53,6 +53,7 @@ class Config:
     grad: bool
     is_causal: bool
     loss: str  # "out", "weights" or "both"
+    wide_mask: bool  # a float32 attn_mask beside another dtype
     fault: str = ""
 
     @property
@@ -133,6 +134,7 @@ def draw(seed: int) -> Config:
         grad=r.random() < 0.8,
         is_causal="causal" in attn_mask and r.random() < 0.6,
         loss=r.choice(("out", "weights", "both")),
+        wide_mask=r.random() < 0.3,
     )
     if r.random() < 0.12:
         config = replace(config, fault=r.choice(FAULTS))
@@ -142,6 +144,10 @@ def draw(seed: int) -> Config:
 def settled(c: Config) -> Config:
     """Give a configuration what its fault needs in order to show."""
     changes: dict[str, Any] = {}
+    if c.need_weights or not c.attn_mask.startswith("float"):
+        c = replace(c, wide_mask=False)
+    if c.attn_mask == "finfo.min":
+        c = replace(c, dead_rows=False)  # PyTorch is run with weights there, and they are NaN in dead rows
     if c.fault in ("mask shape", "mask dims", "mask integer", "mask dtype") and (not c.attn_mask or c.is_causal):
         changes = {"attn_mask": "float" if c.fault == "mask dtype" else "bool", "is_causal": False}
     if c.fault in ("padding shape", "padding integer") and not c.padding:
@@ -221,6 +227,7 @@ def _attn_mask(c: Config, g: torch.Generator) -> Tensor | None:
     N, L, S = c.sizes
     many = (N if c.batched else 1) * c.ctor["num_heads"]
     shape = (many, L, S) if c.per_head else (L, S)
+    dtype = torch.float32 if c.wide_mask else c.dtype
     if c.attn_mask in ("bool", "float 0/-inf"):
         hidden = torch.rand(shape, generator=g) < 0.4
         if not c.dead_rows and S:
@@ -231,8 +238,8 @@ def _attn_mask(c: Config, g: torch.Generator) -> Tensor | None:
         low = max(torch.finfo(c.dtype).min, torch.finfo(torch.float32).min)
         return torch.zeros(shape, dtype=c.dtype).masked_fill(torch.rand(shape, generator=g) < 0.5, low)
     else:
-        return torch.randn(shape, generator=g).to(c.dtype)
-    return _as_float(hidden, c.dtype) if c.attn_mask.startswith("float") else hidden
+        return torch.randn(shape, generator=g).to(dtype)
+    return _as_float(hidden, dtype) if c.attn_mask.startswith("float") else hidden
 
 
 def _padding(c: Config, g: torch.Generator) -> Tensor | None:
@@ -286,7 +293,7 @@ def _break(c: Config, t: dict[str, Any]) -> None:
         case "mask integer":
             t["attn_mask"] = t["attn_mask"].to(torch.uint8)
         case "mask dtype":
-            t["attn_mask"] = t["attn_mask"].to(torch.float32 if c.dtype == torch.float64 else torch.float64)
+            t["attn_mask"] = t["attn_mask"].to(torch.bfloat16 if c.dtype == torch.float64 else torch.float64)
         case "padding shape":
             t["key_padding_mask"] = torch.cat((t["key_padding_mask"], t["key_padding_mask"]))
         case "padding integer":

@@ -151,3 +151,15 @@ def test_nested_input_that_cannot_be_taken() -> None:
         attn.MultiheadAttention(E, H)(strided, strided, strided)
     with pytest.raises(AssertionError, match="add_bias_kv"):
         attn.MultiheadAttention(E, H, batch_first=True, add_bias_kv=True)(strided, strided, strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, attn.MultiheadAttention])
+def test_float32_masks_beside_other_dtypes(dtype: torch.dtype, kind: type[nn.MultiheadAttention]) -> None:
+    """Without weights a float32 mask is taken whatever the query is; with weights it is refused."""
+    m = kind(E, H, batch_first=True, dtype=dtype)
+    x = torch.randn(N, L, E, dtype=dtype)
+    for masks in ({"attn_mask": torch.randn(L, L)}, {"key_padding_mask": torch.randn(N, L)}):
+        assert m(x, x, x, need_weights=False, **masks)[0].dtype == dtype
+        with pytest.raises(RuntimeError):
+            m(x, x, x, need_weights=True, **masks)
