@@ -68,8 +68,8 @@ def weights(x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
     B, H, L, _ = q.shape
     S = k.shape[2]
     w = q.new_empty((B, L, S) if average else (B, H, L, S))
-    if w.numel() == 0:
-        return w
+    if w.numel() == 0 or H == 0:
+        return w.zero_()
     key = key_of("weights", x, q, k, k, average)
     plan = plans.get(key)
     if plan is None:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import exponent, kept, load_rows, matrix, place, program, row_offset, scores, statistics, touches, unit
+from .tile import INF, exponent, kept, load_rows, matrix, place, program, row_offset, scores, statistics, touches, unit
 
 
 @triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
@@ -41,7 +41,7 @@ def attn_weights(
         m = tl.load(m_in + rows, mask=i < at.rows, other=0.0)
         l = tl.load(l_in + rows, mask=i < at.rows, other=0.0)
         m, r = statistics(m, l, F)
-        p = exponent(s, m[:, None], r[:, None], unit(n, F), F)
+        p = tl.where(s == -INF, 0.0, exponent(s, m[:, None], r[:, None], unit(n, F), F))  # in a row of NaN too
         if F.DROPOUT:
             p = tl.where(kept(mask, n, at, h, i0, j0, BM, BN, False), p, 0.0)
         acc += p

@@ -1,0 +1,81 @@
+"""Every feature of the Triton kernels, forward and backward, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from interpreted_cases import DTYPES, SITUATIONS, situation
+
+from attn.backends import load
+from attn.testing import Case, assert_case, assert_gradients, cases, oracle
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation(name: str) -> None:
+    dtype = DTYPES[list(SITUATIONS).index(name) % 3]
+    assert_case(situation(name, dtype), "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", [1, 2])
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation_in_the_other_dtypes(name: str, turn: int) -> None:
+    dtype = DTYPES[(list(SITUATIONS).index(name) + turn) % 3]
+    assert_case(situation(name, dtype, seed=12 + turn), "triton")
+
+
+BROADCASTS = ("bhij", "hij", "bij", "ij", "j", "hi", "b", "", "hj", "bh")
+
+
+@pytest.mark.parametrize("kept", BROADCASTS)
+def test_gradient_of_a_broadcast_bias(kept: str) -> None:
+    """The sum over the broadcast dims is that of the gradient of the full bias, and itself in a fixed order."""
+    case = situation("bias", torch.float32, L=33, S=35)
+    x = case.operands()
+    full = (2, 2, 33, 35)
+    shape = tuple(n if c in kept else 1 for n, c in zip(full, "bhij", strict=True))
+    x = x._replace(bias=torch.randn(shape))
+    d_out, d_lse, _ = case.gradients(x)
+    engine = load("triton")
+    forward = engine.forward(x)
+    first = engine.backward(x, forward, d_out, d_lse, None, True)
+    again = engine.backward(x, forward, d_out, d_lse, None, True)
+    assert first[3] is not None
+    assert first[3].shape == shape
+    assert torch.equal(first[3], again[3])
+    assert_gradients(oracle(x, (d_out, d_lse, None)), *first)
+
+
+SMALL = {"sizes": (2, 3, 31, 32, 33, 40), "head_dims": (1, 8, 17, 40)}
+
+
+def small(n: int, seed: int, op: str) -> list[Case]:
+    """Random cases whose heads are few: the interpreter's time goes by tiles."""
+    made = []
+    for case in cases(n, seed, ops=(op,), **SMALL):
+        group = case.Hq // case.Hkv
+        made.append(dataclasses.replace(case, Hq=group, Hkv=1, B=min(case.B, 2)))
+    return made
+
+
+@pytest.mark.parametrize("case", small(14, 5, "attention"), ids=str)
+def test_random_call(case: Case) -> None:
+    assert_case(case, "triton")
+
+
+@pytest.mark.parametrize("case", cases(24, 6, ops=("decode",)), ids=str)
+def test_random_decoding_step(case: Case) -> None:
+    assert_case(case, "triton")
+
+
+@pytest.mark.parametrize("case", small(6, 7, "varlen"), ids=str)
+def test_random_packed_call(case: Case) -> None:
+    assert_case(case, "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", small(70, 8, "attention") + small(30, 9, "varlen"), ids=str)
+def test_more_random_calls(case: Case) -> None:
+    assert_case(case, "triton")
