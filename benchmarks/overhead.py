@@ -57,16 +57,24 @@ def _module_pairs() -> list[tuple[str, Callable[[], object], Callable[[], object
     ours = attn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
     ours.load_state_dict(stock.state_dict())
 
-    def call(module: nn.Module, grad: bool) -> Callable[[], object]:
+    def call(module: nn.Module, need_weights: bool, fast_path: bool) -> Callable[[], object]:
         def run() -> object:
-            with torch.set_grad_enabled(grad):
-                return module(x, x, x, need_weights=False)[0]
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            with torch.no_grad():
+                return module(x, x, x, need_weights=need_weights)[0]
 
         return run
 
     return [
-        ("module, eval, fast path off (gradients on)", call(stock, True), call(ours, True), 1.0, True),
-        ("module, eval, fast path on (no_grad)", call(stock, False), call(ours, False), 1.2, True),
+        (
+            f"module, eval, {'with' if weights else 'no'} weights, fast path {'on' if fast_path else 'off'}",
+            call(stock, weights, fast_path),
+            call(ours, weights, fast_path),
+            1.2 if fast_path else 1.0,
+            True,
+        )
+        for weights in (False, True)
+        for fast_path in (False, True)
     ]
 
 
@@ -146,12 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures and the machine to PATH")
     parser.add_argument("--rounds", type=int, default=300, help=f"rounds of {CALLS} calls (300)")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
+    threads, fast_path = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(1)
     try:
         rows = measure(args.rounds)
     finally:
         torch.set_num_threads(threads)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     print(report(rows))
     if args.json:
         machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
