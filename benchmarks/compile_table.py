@@ -191,14 +191,14 @@ def _read(entry: Any, arch: str, dtype: str, head_dim: int, features: str) -> Ro
         name = part
     if constants.get("DELTA"):
         name = "weights_delta"
-    rows = constants.get("BM", constants.get("BR", 0))
-    tile = f"{rows}x{constants.get('BN', 0)} w{kernel.metadata.num_warps} s{constants.get('STAGES', 1)}"
-    if entry.options.get("maxnreg"):
-        tile += f" r{entry.options['maxnreg']}"
+    tile = constants.get("T")
+    words = f"{tile.rows}x{tile.keys} w{tile.warps} s{tile.stages}" if tile else f"w{kernel.metadata.num_warps}"
+    if tile and tile.registers:
+        words += f" r{tile.registers}"
     shared = kernel.metadata.shared
     numbers = _read_amd(kernel) if arch.startswith("gfx") else _read_nvidia(kernel)
     fits = shared <= config.SHARED[arch]
-    return Row(arch, name, dtype, head_dim, features, tile, *numbers[:2], shared, fits, *numbers[2:])
+    return Row(arch, name, dtype, head_dim, features, words, *numbers[:2], shared, fits, *numbers[2:])
 
 
 def _read_nvidia(kernel: Any) -> tuple[int, int, dict[str, int], int]:

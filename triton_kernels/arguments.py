@@ -19,7 +19,9 @@ FAR = 1 << 30
 
 plans: dict[Any, Any] = {}
 _MOST_PLANS = 4096
-_NO_MASK = Mask()
+NO_MASK = Mask()
+_SHAPERS = slice(Operands._fields.index("bias"), Operands._fields.index("rng") + 1)
+_NUMBERS = slice(_SHAPERS.stop, None)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -34,6 +36,11 @@ def view(t: Tensor) -> Rows:
     return Rows(t, stride[0], stride[1], stride[2])
 
 
+def plain(x: Operands) -> bool:
+    """Whether no tensor but q, k and v shapes the scores."""
+    return all([t is None for t in x[_SHAPERS]])  # noqa: C419 - a list is quicker than a generator
+
+
 def dense(t: Tensor | None) -> Dense | None:
     """A 4-D tensor with stride 0 where it is broadcast; bools as bytes."""
     if t is None:
@@ -45,14 +52,11 @@ def dense(t: Tensor | None) -> Dense | None:
 
 def mask_of(x: Operands, d_weights: Tensor | None) -> Mask:
     """The tensors that shape the scores."""
-    if d_weights is None and all(t is None for t in x[3:14]):
-        return _NO_MASK
+    if d_weights is None and plain(x):
+        return NO_MASK
     return Mask(
-        *(
-            None if t is None else t.contiguous()
-            for t in (x.key_lengths, x.query_lengths, x.cu_seqlens_q, x.cu_seqlens_k)
-        ),
-        *(None if t is None else t.contiguous() for t in (x.prefix, x.ids_q, x.ids_k)),
+        *map(_contiguous, (x.key_lengths, x.query_lengths, x.cu_seqlens_q, x.cu_seqlens_k)),
+        *map(_contiguous, (x.prefix, x.ids_q, x.ids_k)),
         keep=dense(x.keep),
         bias=dense(x.bias),
         d_weights=dense(d_weights),
@@ -65,38 +69,37 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def numbers_of(x: Operands, group: int, keys: int, dropout_p: float = 0.0, share: float = 1.0) -> Numbers:
+def numbers_of(x: Operands, group: int, keys: int, padded: int = 0, share: float = 1.0) -> Numbers:
     """The numbers of a call; `share` is what a head counts in the returned weights."""
     _, H, L, _ = x.q.shape
     left = FAR if x.left == UNBOUNDED else min(x.left, FAR)
     right = FAR if x.right == UNBOUNDED else min(x.right, FAR)
     bits, inv_keep = 0, 1.0
-    if dropout_p:
-        bits = threshold(dropout_p)
+    if x.dropout_p:
+        bits = threshold(x.dropout_p)
         # All are dropped: one word in 2^32 passes the threshold that fits, and counts 0.
-        inv_keep = 0.0 if bits >= 1 << 32 else 1.0 / (1.0 - dropout_p)
+        inv_keep = 0.0 if bits >= 1 << 32 else 1.0 / (1.0 - x.dropout_p)
         bits = min(bits, (1 << 32) - 1)
         bits -= (bits >> 31) << 32  # as int32: a larger int would change the argument's type
-    return Numbers(H, group, L, keys, left, right, bits, x.scale, x.softcap, inv_keep, share)
+    return Numbers(H, group, L, keys, padded, left, right, bits, x.scale, x.softcap, inv_keep, share)
 
 
-def key_of(name: str, x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Any, ...]:
-    """What decides about a compiled kernel: all that Triton specialises on, and all that `Flags` hold. Its first item
-    says whether all pointers are 16-byte aligned: others go through Triton's binder every time."""
-    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    band = x.left != UNBOUNDED or x.right != UNBOUNDED
-    extra: list[Any] = []
-    for t in (*x[3:14], *more):
-        if isinstance(t, Tensor):
-            extra += (t.dtype, t.shape, t.stride())
-            pointers |= t.data_ptr()
+def key_of(name: str, x: Operands, tensors: tuple[Tensor, ...], *more: Any) -> tuple[Any, ...]:
+    """What decides about a call's plan: all that Triton specialises kernels on, all that `Flags` hold, and the numbers.
+    Its first item says whether all pointers are 16-byte aligned: kernels of others go through Triton's binder."""
+    pointers = 0
+    found: list[Any] = [name, x.q.dtype, x.q.device.index, *x[_NUMBERS], *more]
+    if x.q.dtype == torch.float32:
+        found.append(tf32())
+    if not plain(x):
+        tensors += x[_SHAPERS]
+    for t in tensors:
+        if t is None:
+            found.append(None)
         else:
-            extra.append(t)
-    return (
-        *(pointers & 15 == 0, name, q.dtype, q.device.index, q.dtype == torch.float32 and tf32()),
-        *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
-        *(band, x.end, x.scale > 0, x.softcap > 0, tuple(extra)),
-    )
+            found += t.shape, t.stride(), t.dtype
+            pointers |= t.data_ptr()
+    return pointers & 15 == 0, *found
 
 
 def tf32() -> bool:
@@ -176,8 +179,7 @@ class Tiles:
 
     def with_tile(self, t: config.Tile, fn: Any, flags: Flags, **constants: Any) -> Entry:
         """The kernel with a given tile."""
-        sizes = {"BM": t.rows, "BR": t.rows, "BN": t.keys, "STAGES": t.stages}
-        named = {"F": flags, **constants, **sizes}
+        named = {"F": flags, **constants, "T": t}
         options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
         if t.registers:
             options["maxnreg"] = t.registers

@@ -3,7 +3,7 @@
 With P the probabilities, dP = dO.vT and delta = rowsum(P dP) - dlse: dS = P (dP - delta).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -31,11 +31,10 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "padded"], do_not_specialize_on_alignment=["n", "blocks", "padded"])
-def attn_delta(
-    out, d_out, d_lse, m_in, l_in, r_out, delta_out, mask, n, padded, blocks, F: tl.constexpr, BM: tl.constexpr
-):
+@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+def attn_delta(out, d_out, d_lse, l_in, stats, mask, n, blocks, F: tl.constexpr, T: tl.constexpr):
     """delta = rowsum(out dO) - dlse and the r of `statistics`, padded with dead rows to 128: readers need no mask."""
+    BM: tl.constexpr = T.rows
     blk, h, b = program(blocks, n.heads, False)
     at = place(mask, n, b, F)
     i0 = blk * BM
@@ -45,55 +44,40 @@ def attn_delta(
         o = load_rows(matrix(out, at.batch, h, at.row0), out.row, i0, at.rows, F.DV, BM, F.BDV)
         g = load_rows(matrix(d_out, at.batch, h, at.row0), d_out.row, i0, at.rows, F.DV, BM, F.BDV)
         rows = row_offset(n, at, h) + i
-        m = tl.load(m_in + rows, mask=live, other=0.0)
+        m = tl.load(stats.m + rows, mask=live, other=0.0)
         l = tl.load(l_in + rows, mask=live, other=0.0)
         delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
         if d_lse is not None:
             delta -= tl.load(d_lse + rows, mask=live, other=0.0)
         _, r = statistics(m, l, F)
-        to = padded_offset(n, at, h, padded, F) + i
-        tl.store(r_out + to, r)
-        tl.store(delta_out + to, tl.where(l == 0.0, 0.0, delta))
+        to = padded_offset(n, at, h, F) + i
+        tl.store(stats.r + to, r)
+        tl.store(stats.delta + to, tl.where(l == 0.0, 0.0, delta))
 
 
 @triton.jit
-def load_statistics(m_in, r_in, i, at, h, n, padded, F: tl.constexpr):
-    """(m, r) of the rows i, as `exponent` wants them."""
-    r = tl.load(r_in + padded_offset(n, at, h, padded, F) + i)
+def load_statistics(stats, i, at, h, n, F: tl.constexpr):
+    """(m, r, delta) of the rows i: m and r as `exponent` wants them."""
+    rows = padded_offset(n, at, h, F) + i
+    r = tl.load(stats.r + rows)
     m = r
     if F.BIAS:
-        m = tl.load(m_in + row_offset(n, at, h) + i, mask=i < at.rows, other=0.0)
+        m = tl.load(stats.m + row_offset(n, at, h) + i, mask=i < at.rows, other=0.0)
         m = tl.where(m == -INF, 0.0, m)
-    return m, r
+    return m, r, tl.load(stats.delta + rows)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "padded"], do_not_specialize_on_alignment=["n", "blocks", "padded"])
+@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
 def attn_backward_keys(
-    q,
-    k,
-    v,
-    d_out,
-    m_in,
-    r_in,
-    delta_in,
-    dq,
-    dk,
-    dv,
-    mask,
-    n,
-    table,
-    padded,
-    blocks,
-    F: tl.constexpr,
-    PART: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    q, k, v, d_out, stats, to, mask, n, table, blocks, F: tl.constexpr, PART: tl.constexpr, T: tl.constexpr
 ):
     """dK and dV of one block of keys, over the query blocks of the whole group. Tiles are transposed: keys down.
 
     PART: "keys"; or "dk" or "dv" alone, where the registers do not hold both accumulators; or "one_pass": dQ too, added
     to a float32 buffer by atomics, in no fixed order."""
+    BM: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
+    dq, dk, dv = to
     blk, hk, b = program(blocks, n.heads // n.group, False)
     at = place(mask, n, b, F)
     j0 = blk * BN
@@ -111,12 +95,11 @@ def attn_backward_keys(
     g = 0
     i0 = span_.lo
     # All (head, block) pairs in one loop: the pipeline never drains between heads.
-    for _ in tl.range(0, tl.maximum(tl.cdiv(span_.hi - span_.lo, BM), 0) * n.group, num_stages=STAGES):
+    for _ in tl.range(0, tl.maximum(tl.cdiv(span_.hi - span_.lo, BM), 0) * n.group, num_stages=T.stages):
         h = hk * n.group + g
         i = i0 + tl.arange(0, BM)
         query = load_group(queries, q, g, i0, at, F, F.D, BM, F.BD)
-        m, r = load_statistics(m_in, r_in, i, at, h, n, padded, F)
-        delta = tl.load(delta_in + padded_offset(n, at, h, padded, F) + i)
+        m, r, delta = load_statistics(stats, i, at, h, n, F)
         edge = False
         if F.BAND or F.DOCUMENTS:
             edge = needs_mask(j0, i0, span_, at, F, BN, BM, True)
@@ -179,28 +162,13 @@ def load_group(p, x, g, start, at, F: tl.constexpr, DIM: tl.constexpr, BLOCK: tl
         return load_rows(p + tl.cast(g, tl.int64) * x.head, x.row, start, at.rows, DIM, BLOCK, BD)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "padded"], do_not_specialize_on_alignment=["n", "blocks", "padded"])
+@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
 def attn_backward_queries(
-    q,
-    k,
-    v,
-    d_out,
-    m_in,
-    r_in,
-    delta_in,
-    dq,
-    mask,
-    n,
-    table,
-    padded,
-    blocks,
-    F: tl.constexpr,
-    DELTA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    q, k, v, d_out, stats, dq, mask, n, table, blocks, F: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr
 ):
     """dQ of one block of queries. With DELTA, instead, rowsum(P dW) of returned weights, added to delta in place."""
+    BM: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
     blk, h, b = program(blocks, n.heads, F.BAND)
     at = place(mask, n, b, F)
     i0 = blk * BM
@@ -212,13 +180,11 @@ def attn_backward_queries(
     do = load_rows(matrix(d_out, at.batch, h, at.row0), d_out.row, i0, at.rows, F.DV, BM, F.BDV)
     keys = stream(matrix(k, at.batch, h // n.group, at.key0), k.row, at.keys, F, F.D, BN, F.BD)
     values = stream(matrix(v, at.batch, h // n.group, at.key0), v.row, at.keys, F, F.DV, BN, F.BDV)
-    m, r = load_statistics(m_in, r_in, i, at, h, n, padded, F)
-    deltas = delta_in + padded_offset(n, at, h, padded, F) + i
-    delta = tl.load(deltas)
+    m, r, delta = load_statistics(stats, i, at, h, n, F)
     c = unit(n, F)
     d_query = zeros(BM, F.BD)
     total = tl.zeros([BM], tl.float32)
-    for step in tl.range(span_.lo, span_.hi, BN, num_stages=STAGES):
+    for step in tl.range(span_.lo, span_.hi, BN, num_stages=T.stages):
         j0 = step
         if F.PREFIX:
             j0 = step + tl.where(step >= span_.gap_at, span_.gap, 0)
@@ -241,9 +207,17 @@ def attn_backward_queries(
             ds = score_gradient(p, dp, delta[:, None], keep, i[:, None], j[None, :], h, at, mask, n, F) * d_cap
             d_query = tl.dot(ds.to(key.dtype), key, d_query, input_precision=F.PRECISION)
     if DELTA:
-        tl.store(deltas, delta + total, mask=i < at.rows)
+        tl.store(stats.delta + padded_offset(n, at, h, F) + i, delta + total, mask=i < at.rows)
     else:
         store_rows(matrix(dq, at.batch, h, at.row0), d_query * n.scale, dq.row, i0, at.stored, F.D, BM, F.BD)
+
+
+class Stats(NamedTuple):
+    """Per row: the m of forward; r and delta in rows that are padded to 128 per head and sequence."""
+
+    m: Any
+    r: Any
+    delta: Any
 
 
 class Over(NamedTuple):
@@ -255,30 +229,13 @@ class Over(NamedTuple):
     col: bool
 
 
-@triton.jit(
-    do_not_specialize=["n", "padded", "batches", "blocks"],
-    do_not_specialize_on_alignment=["n", "padded", "batches", "blocks"],
-)
+@triton.jit(do_not_specialize=["n", "batches", "blocks"], do_not_specialize_on_alignment=["n", "batches", "blocks"])
 def attn_backward_bias(
-    q,
-    k,
-    v,
-    d_out,
-    m_in,
-    r_in,
-    delta_in,
-    dx,
-    mask,
-    n,
-    padded,
-    batches,
-    blocks,
-    F: tl.constexpr,
-    OVER: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    q, k, v, d_out, stats, dx, mask, n, batches, blocks, F: tl.constexpr, OVER: tl.constexpr, T: tl.constexpr
 ):
     """The gradient of a bias: dS summed in a fixed order over the dimensions OVER. One program per block of the sum."""
+    BM: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
     nb = batches if OVER.batch else 1
     nh = n.heads if OVER.head else 1
     ni = tl.cdiv(n.rows, BM) if OVER.row else 1
@@ -298,8 +255,7 @@ def attn_backward_bias(
             do = load_rows(matrix(d_out, at.batch, head, at.row0), d_out.row, i0, at.rows, F.DV, BM, F.BDV)
             key = load_rows(matrix(k, at.batch, head // n.group, at.key0), k.row, j0, at.keys, F.D, BN, F.BD)
             value = load_rows(matrix(v, at.batch, head // n.group, at.key0), v.row, j0, at.keys, F.DV, BN, F.BDV)
-            m, r = load_statistics(m_in, r_in, i, at, head, n, padded, F)
-            delta = tl.load(delta_in + padded_offset(n, at, head, padded, F) + i)
+            m, r, delta = load_statistics(stats, i, at, head, n, F)
             s, _ = scores(query, key, i[:, None], j[None, :], head, True, at, mask, n, F)
             p = exponent(s, m[:, None], r[:, None], unit(n, F), F)
             dp = tl.dot(do, value.T, input_precision=F.PRECISION)

@@ -18,34 +18,14 @@ def cache_rows(cache, table, b, hk, j, live, pages, page_size, slots, PAGED: tl.
         return head + b * cache.batch + j.to(tl.int64) * cache.row
 
 
-@triton.jit(
-    do_not_specialize=["n", "sizes", "splits"],
-    do_not_specialize_on_alignment=["n", "sizes", "splits"],
-)
-def attn_decode(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    part_acc,
-    part_m,
-    part_l,
-    mask,
-    table,
-    n,
-    sizes,
-    splits,
-    F: tl.constexpr,
-    PAGED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["n", "sizes"], do_not_specialize_on_alignment=["n", "sizes"])
+def attn_decode(q, k, v, out, lse, parts, mask, n, sizes, F: tl.constexpr, PAGED: tl.constexpr, T: tl.constexpr):
     """One of `splits` parts of one sequence's keys for one key head. Row r of the tile is new token r // group of query
     head r % group: the whole group and all new tokens read the cache once. A single part writes the result itself."""
-    blocks, pages, page_size, slots = sizes
+    BR: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
+    splits, blocks, pages, page_size, slots = sizes
+    part_acc, part_m, part_l, table = parts
     pid = tl.program_id(0)
     part = pid % splits
     blk = pid // splits % blocks
@@ -69,7 +49,7 @@ def attn_decode(
     m = tl.full([BR], -INF, tl.float32)
     l = tl.zeros([BR], tl.float32)
     acc = zeros(BR, F.BDV)
-    for j0 in tl.range(lo, hi, BN, num_stages=STAGES):
+    for j0 in tl.range(lo, hi, BN, num_stages=T.stages):
         j = j0 + tl.arange(0, BN)
         seen = j < hi
         key_at = cache_rows(k, table, b, hk, j, seen, pages, page_size, slots, PAGED)
@@ -83,7 +63,7 @@ def attn_decode(
     if F.FOLDED:
         m = m * n.scale
     at_row = (b * n.heads + head) * n.rows + token
-    if not SPLIT:
+    if part_acc is None:
         dead = l == 0.0
         o = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, l)[:, None])
         to = out.ptr + b * out.batch + tl.cast(head, tl.int64)[:, None] * out.head

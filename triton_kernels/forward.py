@@ -23,23 +23,10 @@ from .tile import (
 
 
 @triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
-def attn_forward(
-    q,
-    k,
-    v,
-    out,
-    m_out,
-    l_out,
-    mask,
-    n,
-    table,
-    blocks,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def attn_forward(q, k, v, out, m_out, l_out, mask, n, table, blocks, F: tl.constexpr, T: tl.constexpr):
     """out, and per row the maximum score m and the sum l of exp(s - m)."""
+    BM: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
     blk, h, b = program(blocks, n.heads, F.BAND)
     at = place(mask, n, b, F)
     i0 = blk * BM
@@ -54,7 +41,7 @@ def attn_forward(
     m = tl.full([BM], -INF, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = zeros(BM, F.BDV)
-    for step in tl.range(r.lo, r.hi, BN, num_stages=STAGES):
+    for step in tl.range(r.lo, r.hi, BN, num_stages=T.stages):
         j0 = step
         if F.PREFIX:
             j0 = step + tl.where(step >= r.gap_at, r.gap, 0)

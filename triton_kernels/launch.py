@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,12 +54,15 @@ class Entry:
 
     def __call__(self, grid: int, args: tuple[Any, ...], device: int | None) -> None:
         """Launch `grid` programs on the current stream of the device, which must be the current one."""
-        if self.kernel is None:
+        kernel = self.kernel
+        if kernel is None:
             self._first(grid, args)
-        elif self.scratch:
-            _with_scratch(lambda: self._again(grid, args, device))
+            return
+        how = driver.active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None
+        if self.scratch:
+            _context.run(kernel.run, grid, 1, 1, *how, *args, *self.values)
         else:
-            self._again(grid, args, device)
+            kernel.run(grid, 1, 1, *how, *args, *self.values)
 
     def _first(self, grid: int, args: tuple[Any, ...]) -> None:
         for seen in _observers:
@@ -67,27 +71,23 @@ class Entry:
         if INTERPRETED:
             run(*args, **self.constants, **self.options)
             return
-        kernel = _with_scratch(lambda: run(*args, **self.constants, **self.options))
+        kernel = _context.run(lambda: run(*args, **self.constants, **self.options))
         if self.direct:
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
             self.scratch = kernel.metadata.global_scratch_size > 0
             self.kernel = kernel
 
-    def _again(self, grid: int, args: tuple[Any, ...], device: int | None) -> None:
-        kernel, stream = self.kernel, driver.active.get_current_stream(device)
-        how = kernel.function, kernel.packed_metadata, None, None, None
-        kernel.run(grid, 1, 1, stream, *how, *args, *self.values)
 
+class _Context(threading.local):
+    """A context with an allocator for the scratch memory of tensor descriptors; the caller's keeps what it has."""
 
-def _with_scratch(run: Callable[[], Any]) -> Any:
-    """Run with an allocator for the scratch memory of tensor descriptors, and leave the caller's as it is."""
-
-    def inside() -> Any:
-        triton.set_allocator(_allocate)
-        return run()
-
-    return contextvars.copy_context().run(inside)
+    def __init__(self) -> None:
+        self.run = contextvars.copy_context().run
+        self.run(triton.set_allocator, _allocate)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+_context = _Context()

@@ -11,6 +11,7 @@ from attn.spec import DecodeOperands, Operands
 
 from . import config
 from .arguments import (
+    NO_MASK,
     Tiles,
     ceil,
     dense,
@@ -19,6 +20,7 @@ from .arguments import (
     key_of,
     mask_of,
     numbers_of,
+    plain,
     plans,
     power_of_two,
     remember,
@@ -26,7 +28,7 @@ from .arguments import (
     sequences,
     view,
 )
-from .backward import Over, attn_backward_bias, attn_backward_keys, attn_backward_queries, attn_delta
+from .backward import Over, Stats, attn_backward_bias, attn_backward_keys, attn_backward_queries, attn_delta
 from .decode import attn_combine, attn_decode
 from .forward import attn_forward
 from .tile import Flags
@@ -35,31 +37,68 @@ from .weights import attn_weights
 Forward = tuple[Tensor, Tensor, Tensor]
 
 
+class _Plan:
+    """What is the same in all calls of one key: sizes, numbers, and kernels with their tiles and grids."""
+
+    def __init__(self, x: Operands, q: Tensor, k: Tensor, v: Tensor, direct: bool, share: float = 1.0) -> None:
+        self.plain = plain(x)
+        self.packed = x.cu_seqlens_q is not None
+        self.B, self.longest, self.longest_k = sequences(x)
+        self.H, self.Hk = q.shape[1], k.shape[1]
+        self.padded = (ceil(q.shape[2], 128) + (self.B if self.packed else 0)) * 128
+        self.numbers = numbers_of(x, self.H // max(self.Hk, 1), k.shape[2], self.padded, share)
+        self.tiles = Tiles(flags_of(x, q, k, v), q, direct)
+
+    def rows(self, tile: config.Tile) -> tuple[int, int]:
+        """(blocks, programs) of a kernel that takes blocks of query rows."""
+        blocks = ceil(self.longest, tile.rows)
+        return blocks, blocks * self.H * self.B
+
+    def keys(self, tile: config.Tile) -> tuple[int, int]:
+        """(blocks, programs) of a kernel that takes blocks of keys."""
+        blocks = ceil(self.longest_k, tile.keys)
+        return blocks, blocks * self.Hk * self.B
+
+
+class _ForwardPlan(_Plan):
+    def __init__(self, x: Operands, q: Tensor, k: Tensor, v: Tensor, direct: bool) -> None:
+        super().__init__(x, q, k, v, direct)
+        self.entry, self.tile = self.tiles.streaming(k, v).entry("forward", attn_forward)
+        self.blocks, self.grid = self.rows(self.tile)
+        N, H, L, _ = q.shape
+        DV = v.shape[3]
+        self.shape, self.strides = (N, H, L, DV), (L * H * DV, DV, H * DV, 1)
+        self.dead = self.packed or k.shape[2] == 0  # rows that no program may reach
+        self.skip = self.grid == 0 or k.shape[2] == 0 or DV == 0
+
+
 def forward(x: Operands) -> Forward:
     """(out, m, l)."""
     q, k, v = rows(x.q), rows(x.k), rows(x.v)
-    N, H, L, _ = q.shape
-    B, longest, _ = sequences(x)
-    dead = x.cu_seqlens_q is not None or k.shape[2] == 0  # rows that no program may reach
-    out = (q.new_zeros if dead else q.new_empty)(N, L, H, v.shape[3]).transpose(1, 2)
-    m = torch.empty((N, H, L), dtype=torch.float32, device=q.device)
-    l = torch.empty((N, H, L), dtype=torch.float32, device=q.device)
-    if dead:
+    key = key_of("forward", x, (q, k, v))
+    plan = plans.get(key) or remember(key, _ForwardPlan(x, q, k, v, key[0]))
+    out = q.new_empty_strided(plan.shape, plan.strides)
+    m = q.new_empty(plan.shape[:3], dtype=torch.float32)
+    l = q.new_empty(plan.shape[:3], dtype=torch.float32)
+    if plan.dead:
+        out.zero_()
         m.fill_(-torch.inf)
         l.zero_()
-    if out.numel() == 0 or k.shape[2] == 0 or B * longest == 0:
+    if plan.skip:
         return out, m, l
-    key = key_of("forward", x, q, k, v)
-    plan = plans.get(key)
-    if plan is None:
-        tiles = Tiles(flags_of(x, q, k, v), q, key[0])
-        plan = remember(key, tiles.streaming(k, v).entry("forward", attn_forward))
-    entry, tile = plan
-    blocks = ceil(longest, tile.rows)
-    table = document_table(x.ids_q, x.ids_k, tile.rows, tile.keys)
-    masks, numbers = mask_of(x, None), numbers_of(x, H // k.shape[1], k.shape[2], x.dropout_p)
-    entry(blocks * H * B, (view(q), view(k), view(v), view(out), m, l, masks, numbers, table, blocks), q.device.index)
+    table = document_table(x.ids_q, x.ids_k, plan.tile.rows, plan.tile.keys)
+    masks = NO_MASK if plan.plain else mask_of(x, None)
+    args = (view(q), view(k), view(v), view(out), m, l, masks, plan.numbers, table, plan.blocks)
+    plan.entry(plan.grid, args, q.device.index)
     return out, m, l
+
+
+class _WeightsPlan(_Plan):
+    def __init__(self, x: Operands, q: Tensor, k: Tensor, average: bool, direct: bool) -> None:
+        super().__init__(x, q, k, k, direct, 1.0 / q.shape[1] if average else 1.0)
+        self.entry, tile = self.tiles.entry("weights", attn_weights, AVERAGE=average)
+        self.blocks = ceil(self.longest, tile.rows) * ceil(self.longest_k, tile.keys)
+        self.grid = self.blocks * (1 if average else self.H) * self.B
 
 
 def weights(x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
@@ -70,35 +109,36 @@ def weights(x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
     w = q.new_empty((B, L, S) if average else (B, H, L, S))
     if w.numel() == 0 or H == 0:
         return w.zero_()
-    key = key_of("weights", x, q, k, k, average)
-    plan = plans.get(key)
-    if plan is None:
-        tiles = Tiles(flags_of(x, q, k, k), q, key[0])
-        plan = remember(key, tiles.entry("weights", attn_weights, AVERAGE=average))
-    entry, tile = plan
-    blocks = ceil(L, tile.rows) * ceil(S, tile.keys)
-    masks = mask_of(x, None)
-    numbers = numbers_of(x, H // k.shape[1], S, x.dropout_p, 1.0 / H if average else 1.0)
-    args = (view(q), view(k), m, l, dense(w[:, None] if average else w), masks, numbers, blocks)
-    entry(blocks * (1 if average else H) * B, args, q.device.index)
+    key = key_of("weights", x, (q, k, m, l), average)
+    plan = plans.get(key) or remember(key, _WeightsPlan(x, q, k, average, key[0]))
+    to = dense(w[:, None] if average else w)
+    args = (view(q), view(k), m, l, to, mask_of(x, None), plan.numbers, plan.blocks)
+    plan.entry(plan.grid, args, q.device.index)
     return w
 
 
-class _Plan:
-    """The kernels of one kind of backward call, each with its tile."""
+class _BackwardPlan(_Plan):
+    """Kernels as lists of (entry, tile, blocks, grid), in the order of their launches."""
 
-    def __init__(self, x: Operands, tensors: tuple[Tensor, ...], direct: bool, d_weights: bool) -> None:
+    def __init__(self, x: Operands, tensors: tuple[Tensor, ...], direct: bool, d_weights: Tensor | None) -> None:
         q, k, v, d_out = tensors
-        flags = flags_of(x, q, k, v)._replace(D_WEIGHTS=d_weights)
-        tiles = Tiles(flags, q, direct)
+        mean = d_weights is not None and d_weights.shape[1] != q.shape[1]
+        super().__init__(x, q, k, v, direct, 1.0 / q.shape[1] if mean else 1.0)
+        self.skip = not (self.B * self.longest * self.longest_k and q.numel() and k.numel() and v.numel())
+        tiles = self.tiles
+        tiles.flags = flags = tiles.flags._replace(D_WEIGHTS=d_weights is not None)
         over_keys, over_rows = tiles.streaming(k, v), tiles.streaming(q, d_out)
         kept = {n: getattr(flags, n) for n in ("BIAS", "VARLEN", "QUERY_LENGTHS")}
-        self.delta = tiles.entry("delta", attn_delta, Flags(0, flags.DV, 0, flags.BDV, **kept))
-        self.add_weights = tiles.entry("queries", attn_backward_queries, DELTA=True) if d_weights else None
-        one_pass = not torch.are_deterministic_algorithms_enabled() and tiles.one_pass()
-        names = config.parts(tiles.dim, one_pass)
-        self.keys = [over_rows.entry(n, attn_backward_keys, PART=n) for n in names]
-        self.queries = None if one_pass else over_keys.entry("queries", attn_backward_queries, DELTA=False)
+        self.delta, tile = tiles.entry("delta", attn_delta, Flags(0, flags.DV, 0, flags.BDV, **kept))
+        self.delta_blocks = ceil(self.longest, 128) * 128 // tile.rows
+        self.by_rows, self.by_keys = [], []
+        if d_weights is not None:
+            self._add(self.by_rows, self.rows, tiles.entry("queries", attn_backward_queries, DELTA=True))
+        self.one_pass = not torch.are_deterministic_algorithms_enabled() and tiles.one_pass()
+        if not self.one_pass:
+            self._add(self.by_rows, self.rows, over_keys.entry("queries", attn_backward_queries, DELTA=False))
+        for name in config.parts(tiles.dim, self.one_pass):
+            self._add(self.by_keys, self.keys, over_rows.entry(name, attn_backward_keys, PART=name))
         self.bias, self.over = None, Over(False, False, False, False)
         if x.bias is not None:
             one = [n == 1 < full for n, full in zip(x.bias.shape, (*q.shape[:3], k.shape[2]), strict=True)]
@@ -106,6 +146,9 @@ class _Plan:
             inside = not (one[2] or one[3])
             self.over = Over(one[0] and inside, one[1] and inside, one[2], one[3])
             self.bias = tiles.entry("bias", attn_backward_bias, OVER=self.over)
+
+    def _add(self, to: list[Any], sizes: Any, made: tuple[Any, config.Tile]) -> None:
+        to.append((*made, *sizes(made[1])))
 
 
 def backward(
@@ -117,55 +160,43 @@ def backward(
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, d_bias)."""
-    q, k, v, out, d_out = (rows(t) for t in (x.q, x.k, x.v, residuals[0], d_out))
-    B, longest, longest_k = sequences(x)
-    if out.numel() == 0 or q.numel() == 0 or B * longest * longest_k == 0:
-        d_bias = torch.zeros_like(x.bias) if needs_bias_grad and x.bias is not None else None
-        return _gradient(q, True), _gradient(k, True), _gradient(v, True), d_bias
+    q, k, v, d_out, out = rows(x.q), rows(x.k), rows(x.v), rows(d_out), rows(residuals[0])
+    m, l = residuals[1], residuals[2]
     if d_weights is not None and d_weights.dim() == 3:
         d_weights = d_weights[:, None]
     d_lse = None if d_lse is None else d_lse.contiguous()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    key = key_of("backward", x, q, k, v, d_out, out, d_lse, d_weights, deterministic)
-    plan = plans.get(key)
-    if plan is None:
-        plan = remember(key, _Plan(x, (q, k, v, d_out), key[0], d_weights is not None))
+    given = (q, k, v, d_out, out, m, l, d_lse, d_weights)
+    key = key_of("backward", x, given, torch.are_deterministic_algorithms_enabled())
+    plan = plans.get(key) or remember(key, _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights))
+    dead = plan.packed or plan.skip
+    dq, dk, dv = _gradient(q, dead), _gradient(k, dead), _gradient(v, dead)
+    if plan.skip:
+        return dq, dk, dv, torch.zeros_like(x.bias) if needs_bias_grad and x.bias is not None else None
 
-    packed, index = x.cu_seqlens_q is not None, q.device.index
-    N, H, L, _ = q.shape
-    Hk, S = k.shape[1], k.shape[2]
-    padded = (ceil(L, 128) + (B if packed else 0)) * 128
-    share = 1.0 / H if d_weights is not None and d_weights.shape[1] != H else 1.0
-    masks, numbers = mask_of(x, d_weights), numbers_of(x, H // Hk, S, x.dropout_p, share)
-    r = torch.empty((N, H, padded), dtype=torch.float32, device=q.device)
-    delta = torch.empty((N, H, padded), dtype=torch.float32, device=q.device)
-    dq, dk, dv = _gradient(q, packed), _gradient(k, packed), _gradient(v, packed)
-
-    entry, tile = plan.delta
-    blocks = ceil(longest, 128) * 128 // tile.rows
-    args = (view(out), view(d_out), d_lse, *residuals[1:], r, delta, masks, numbers, padded, blocks)
-    entry(blocks * H * B, args, index)
-    given = (view(q), view(k), view(v), view(d_out), residuals[1], r, delta)
-    for entry, tile in [p for p in (plan.add_weights, plan.queries) if p is not None]:
-        blocks = ceil(longest, tile.rows)
+    index, shape = q.device.index, (q.shape[0], plan.H, plan.padded)
+    masks = NO_MASK if plan.plain and d_weights is None else mask_of(x, d_weights)
+    stats = Stats(m, q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32))
+    inputs = (view(q), view(k), view(v), view(d_out), stats)
+    args = (view(out), inputs[3], d_lse, l, stats, masks, plan.numbers, plan.delta_blocks)
+    plan.delta(plan.delta_blocks * plan.H * plan.B, args, index)
+    to_dq = view(dq)
+    for entry, tile, blocks, grid in plan.by_rows:
         table = document_table(x.ids_q, x.ids_k, tile.rows, tile.keys)
-        entry(blocks * H * B, (*given, view(dq), masks, numbers, table, padded, blocks), index)
-    to_dq = None
-    if plan.queries is None:
-        to_dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    for entry, tile in plan.keys:
-        blocks = ceil(longest_k, tile.keys)
+        entry(grid, (*inputs, to_dq, masks, plan.numbers, table, blocks), index)
+    if plan.one_pass:
+        to_dq = view(torch.zeros(q.shape, dtype=torch.float32, device=q.device))
+    to = (to_dq if plan.one_pass else None, view(dk), view(dv))
+    for entry, tile, blocks, grid in plan.by_keys:
         table = document_table(x.ids_k, x.ids_q, tile.keys, tile.rows)
-        views = (None if to_dq is None else view(to_dq), view(dk), view(dv))
-        entry(blocks * Hk * B, (*given, *views, masks, numbers, table, padded, blocks), index)
-    if to_dq is not None:
-        dq.copy_(to_dq)
-    if plan.bias is None or not needs_bias_grad or x.bias is None:
+        entry(grid, (*inputs, to, masks, plan.numbers, table, blocks), index)
+    if plan.one_pass:
+        dq.copy_(to_dq.ptr)
+    if not needs_bias_grad or x.bias is None:
         return dq, dk, dv, None
-    return dq, dk, dv, _bias_gradient(plan, x.bias, given, (masks, numbers, padded, B))
+    return dq, dk, dv, _bias_gradient(plan, x.bias, inputs, (masks, plan.numbers, plan.B))
 
 
-def _bias_gradient(plan: _Plan, bias: Tensor, given: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+def _bias_gradient(plan: _BackwardPlan, bias: Tensor, given: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
     """dS summed over what the bias was broadcast along."""
     entry, tile = plan.bias
     over, q = plan.over, given[0].ptr
@@ -181,7 +212,8 @@ def _bias_gradient(plan: _Plan, bias: Tensor, given: tuple[Any, ...], rest: tupl
 def _gradient(t: Tensor, zero: bool) -> Tensor:
     """A gradient of t laid out as (B, L, H, D)."""
     B, H, L, D = t.shape
-    return (t.new_zeros if zero else t.new_empty)(B, L, H, D).transpose(1, 2)
+    made = t.new_empty_strided((B, H, L, D), (L * H * D, D, H * D, 1))
+    return made.zero_() if zero else made
 
 
 def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
@@ -207,7 +239,7 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
         softcap=x.softcap,
     )
     group = H // Hk
-    key = key_of("decode", as_operands, q, k, v, x.block_table)
+    key = key_of("decode", as_operands, (q, k, v, x.block_table))
     plan = plans.get(key)
     if plan is None:
         tiles = Tiles(flags_of(as_operands, q, k, v), q, key[0])
@@ -215,15 +247,13 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
     splits, tile = plan.splits, plan.tile
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if splits > 1:
-        sizes = ((B, H, L, splits, DV), (B, H, L, splits), (B, H, L, splits))
-        parts = tuple(torch.empty(s, dtype=torch.float32, device=q.device) for s in sizes)
+        shapes = ((B, H, L, splits, DV), (B, H, L, splits), (B, H, L, splits))
+        parts = tuple(torch.empty(s, dtype=torch.float32, device=q.device) for s in shapes)
     numbers = numbers_of(as_operands, group, capacity)
     blocks = ceil(group * L, tile.rows)
     table = None if x.block_table is None else x.block_table.contiguous()
-    args = (
-        *(view(q), view(k), view(v), view(out), lse, *parts),
-        *(mask_of(as_operands, None), table, numbers, (blocks, pages, page_size, slots), splits),
-    )
+    sizes = (splits, blocks, pages, page_size, slots)
+    args = (view(q), view(k), view(v), view(out), lse, (*parts, table), mask_of(as_operands, None), numbers, sizes)
     plan.entry(splits * blocks * Hk * B, args, q.device.index)
     if splits > 1:
         plan.combine(B * H * L, (view(out), lse, *parts, numbers, splits), q.device.index)
@@ -239,9 +269,8 @@ class _DecodePlan:
         programs = heads * ceil(packed_rows, self.tile.rows)
         wanted = ceil(2 * config.processors(tiles.device), programs)
         self.splits = max(1, min(wanted, ceil(capacity, 4 * self.tile.keys), config.MOST_SPLITS))
-        split = self.splits > 1
         flags = tiles.flags
-        self.entry = tiles.with_tile(self.tile, attn_decode, flags, PAGED=paged, SPLIT=split)
+        self.entry = tiles.with_tile(self.tile, attn_decode, flags, PAGED=paged)
         self.combine = tiles.with_tile(
             config.Tile(0, 0, 4, 1), attn_combine, flags, SPLITS=max(2, power_of_two(self.splits, 2))
         )

@@ -58,6 +58,7 @@ class Numbers(NamedTuple):
     group: int  # query heads per key head
     rows: int
     keys: int
+    padded: int  # rows of the statistics of one head
     left: int
     right: int
     threshold: int  # int32 bits of the dropout threshold
@@ -399,9 +400,9 @@ def row_offset(n, at, h):
 
 
 @triton.jit
-def padded_offset(n, at, h, padded, F: tl.constexpr):
-    """Likewise where each head has `padded` rows and each packed sequence begins at a multiple of 128 of them."""
+def padded_offset(n, at, h, F: tl.constexpr):
+    """Likewise where each head has n.padded rows and each packed sequence begins at a multiple of 128 of them."""
     if F.VARLEN:
-        return tl.cast(h, tl.int64) * padded + (at.row0 + at.seq * 128) // 128 * 128
+        return tl.cast(h, tl.int64) * n.padded + (at.row0 + at.seq * 128) // 128 * 128
     else:
-        return (at.batch * n.heads + h) * padded
+        return (at.batch * n.heads + h) * n.padded

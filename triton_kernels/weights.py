@@ -7,22 +7,10 @@ from .tile import INF, exponent, kept, load_rows, matrix, place, program, row_of
 
 
 @triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
-def attn_weights(
-    q,
-    k,
-    m_in,
-    l_in,
-    w,
-    mask,
-    n,
-    blocks,
-    F: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def attn_weights(q, k, m_in, l_in, w, mask, n, blocks, F: tl.constexpr, AVERAGE: tl.constexpr, T: tl.constexpr):
     """w[b, h, i, j] = P after dropout; with AVERAGE its mean over heads, summed in a fixed order."""
+    BM: tl.constexpr = T.rows
+    BN: tl.constexpr = T.keys
     blk, first, b = program(blocks, 1 if AVERAGE else n.heads, False)
     at = place(mask, n, b, F)
     columns = tl.cdiv(n.keys, BN)
@@ -32,7 +20,7 @@ def attn_weights(
     count = 0
     if touches(i0, j0, at, F, BM, BN):
         count = n.heads if AVERAGE else 1
-    for step in tl.range(0, count, num_stages=STAGES):
+    for step in tl.range(0, count, num_stages=T.stages):
         h = first + step
         query = load_rows(matrix(q, at.batch, h, at.row0), q.row, i0, at.rows, F.D, BM, F.BD)
         key = load_rows(matrix(k, at.batch, h // n.group, at.key0), k.row, j0, at.keys, F.D, BN, F.BD)
