@@ -179,11 +179,13 @@ def backward_sequence(
     q, k, v = within_lengths(x)
     s, d_cap, seen = scores(x)
     p = normalised(s, m, l)
-    g = d_out.to(s.dtype).masked_fill((l == 0)[..., None], 0.0)
+    dead = (l == 0)[..., None]
+    g = d_out.to(s.dtype).masked_fill(dead, 0.0)
     dw = g @ per_query_head(x, v).transpose(-1, -2)
     if d_weights is not None:
         share = d_weights.to(s.dtype) if d_weights.dim() == 4 else d_weights.to(s.dtype)[:, None] / q.shape[1]
-        dw = dw + (share if seen is None else torch.where(seen, share, 0.0))
+        share = share if seen is None else torch.where(seen, share, 0.0)
+        dw = dw + share.masked_fill(dead, 0.0)
     dp = dropped(x, dw, sequence)
     delta = (p * dp).sum(-1)
     if d_lse is not None:

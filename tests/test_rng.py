@@ -117,3 +117,11 @@ def test_draw_follows_the_default_generator() -> None:
     with torch.random.fork_rng():
         inside = rng.draw(torch.device("cpu"))
     assert torch.equal(rng.draw(torch.device("cpu")), inside)
+
+
+def test_a_word_equal_to_the_threshold_is_kept() -> None:
+    word = philox_in_python([0, 0, 0, 3], [9, 0])[0]
+    state = torch.tensor([9, 3])
+    assert rng.threshold(word / 2**32) == word
+    assert rng.keep_mask(state, word / 2**32, 1, 1, 1, 1).all()
+    assert not rng.keep_mask(state, (word + 1) / 2**32, 1, 1, 1, 1).any()
