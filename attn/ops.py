@@ -249,7 +249,7 @@ class _SecondOrder(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, x: Operands, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.rest = x[len(tensors) :]
-        return out
+        return out.detach()  # cheaper than `out` itself, which autograd would turn into a view
 
     @staticmethod
     def backward(ctx: Any, d_out: Any) -> tuple[Any, ...]:
@@ -313,7 +313,7 @@ def _without_repeats(x: Operands) -> Operands:
 
 def twice_differentiable(out: Tensor, x: Operands, plain: bool) -> Tensor:
     """`out` of a whole call, with second derivatives from the reference. `plain`: no tensors but q, k, v."""
-    if torch.compiler.is_compiling():
+    if not plain and torch.compiler.is_compiling():
         return out
     result: Tensor = _fast_second_order(out, x, *x[: _BIAS if plain else N_TENSORS])
     return result
