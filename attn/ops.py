@@ -173,7 +173,7 @@ class _Attention(torch.autograd.Function):
             dq, dk, dv, d_bias = _Backward.apply(ctx.weights, *args)  # type: ignore[no-untyped-call]
         else:
             dq, dk, dv, d_bias = attention_backward(*args)
-        grads = (None, None, dq, dk, dv, d_bias if ctx.needs_bias_grad else None)
+        grads = (None, None, dq, dk, None if d_out is None else dv, d_bias if ctx.needs_bias_grad else None)
         return (*grads, *(None,) * (count - len(grads)))
 
 
