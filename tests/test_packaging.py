@@ -130,6 +130,26 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     assert done.stdout.count(str(tmp_path)) == 3
 
 
+@pytest.mark.slow
+def test_types_reach_a_user(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="pip install -e '.[dev]' runs this test")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    program = tmp_path / "user.py"
+    program.write_text(
+        "import torch, attn\n"
+        "m, x = attn.MultiheadAttention(4, 2), torch.zeros(3, 4)\n"
+        "reveal_type(m(x, x, x)[1])\n"
+        "reveal_type(m(x, x, x, need_weights=False)[1])\n"
+        "reveal_type(attn.masks.causal() & attn.masks.window(1, 0))\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(program)]
+    env = os.environ | {"MYPYPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    revealed = re.findall(r'Revealed type is "(?:builtins\.)?([\w.]+)', done.stdout)
+    assert revealed == ["torch._tensor.Tensor", "None", "attn.masks.Mask"], done.stdout + done.stderr
+
+
 def test_source_tree_has_the_same_import_names(tmp_path: Path) -> None:
     code = (
         "import sys, attn.triton_kernels as t, attn.benchmarks as b; print(t.__file__); print(b.__file__); "
