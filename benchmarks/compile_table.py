@@ -4,15 +4,18 @@ The passes themselves run, on CPU tensors, with a driver that compiles for the w
 so every kernel comes with the flags, tile and strides of a real call. Registers, stack and instructions are read from
 the machine code with the `cuobjdump` that Triton ships.
 
-    python -m attn.benchmarks.compile_table               # the table of docs/triton.md, into benchmarks/results/
-    python -m attn.benchmarks.compile_table --quick       # head_dim 64 and 128, bfloat16, common features
+    python -m attn.benchmarks.compile_table           # the rows that benchmarks/results/triton-compile.json lacks
+    python -m attn.benchmarks.compile_table --quick   # what every push compiles, checked against that table
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,3 +241,106 @@ def _read_amd(kernel: Any) -> tuple[int, int, dict[str, int], int]:
         {"MFMA": products} if products else {},
         text.count("v_exp_f32"),
     )
+
+
+ALL = ("forward", "backward", "weights", "decode")
+TRAIN = ALL[:2]
+
+Job = tuple[str, torch.dtype, int, str, tuple[str, ...]]
+
+
+def jobs(quick: bool = False) -> list[Job]:
+    """(arch, dtype, head_dim, features, passes) of the table; the quick ones are what every push compiles."""
+    bf16 = torch.bfloat16
+    if quick:
+        wanted: list[Job] = [("sm_90", bf16, 128, f, TRAIN) for f in COMMON[1:3]]
+        wanted += [(arch, bf16, 64, "causal", TRAIN) for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")]
+        wanted += [("sm_90", torch.float16, 64, "causal lengths", ("forward",)), ("sm_90", bf16, 64, "none", ALL[2:])]
+        return [*wanted, ("sm_80", torch.float32, 64, "causal", ("forward",))]
+    wanted = [(arch, bf16, d, f, TRAIN) for arch in ("sm_90", "sm_80", "sm_100") for d in (64, 128) for f in COMMON]
+    for dtype in DTYPES:
+        dims = HEAD_DIMS if dtype == bf16 else (64, 128, 256)
+        wanted += [(arch, dtype, d, "causal", ALL) for arch in ARCHS for d in dims]
+    wanted += [(arch, bf16, d, f, TRAIN) for arch in ("sm_90", "sm_80") for d in (64, 128) for f in HEAVY_SETS]
+    return wanted
+
+
+def gated(row: Row) -> bool:
+    """Whether the row is one of those that must not spill at all."""
+    return (
+        row.arch in ("sm_80", "sm_90", "sm_100")
+        and row.head_dim <= 128
+        and row.dtype != "float32"
+        and row.features in COMMON
+        and row.kernel in ("forward", "delta", "queries", "keys")
+    )
+
+
+def faults(row: Row) -> list[str]:
+    """What no row may have, in words."""
+    found = []
+    if not row.fits:
+        found.append(f"{row.shared} bytes of shared memory do not fit")
+    if row.spills and gated(row):
+        found.append(f"{row.spills} bytes of spills")
+    products = row.kernel not in ("delta", "combine") and row.dtype != "float32"
+    if products and not row.products:
+        found.append("no matrix instructions")
+    if products and row.arch == "sm_90" and row.kernel != "decode" and "HMMA" in row.products:
+        found.append("a product without wgmma")
+    return [f"{row.key} ({row.tile}): {what}" for what in found]
+
+
+def risen(row: Row, committed: dict[str, Row]) -> list[str]:
+    """Where a row spills more than its committed ceiling."""
+    ceiling = committed.get(row.key)
+    if ceiling is None or row.spills <= ceiling.spills:
+        return []
+    return [f"{row.key} ({row.tile}): {row.spills} bytes of spills, {ceiling.spills} are committed"]
+
+
+def load(path: Path = RESULTS) -> dict[str, Row]:
+    """The committed rows by key."""
+    if not path.is_file():
+        return {}
+    rows = (Row(**r) for r in json.loads(path.read_text())["rows"])
+    return {row.key: row for row in rows}
+
+
+def save(rows: dict[str, Row], path: Path = RESULTS) -> None:
+    """Write the rows, one a line."""
+    import triton
+
+    lines = ",\n".join("  " + json.dumps(rows[key]._asdict()) for key in sorted(rows))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile what the table lacks and write it. Exit status 1 if a row has what none may have."""
+    parser = argparse.ArgumentParser(prog="python -m attn.benchmarks.compile_table", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the compiles of every push, checked against the table")
+    parser.add_argument("--check", default="", metavar="WORDS", help="jobs whose line holds these words, likewise")
+    args = parser.parse_args(argv)
+    writing = not (args.quick or args.check)
+    committed = load()
+    rows = committed if writing else {}
+    done = {" ".join(key.split()[:1] + key.split()[2:]) for key in committed} if writing else set()
+    wrong: list[str] = []
+    for arch, dtype, head_dim, features, passes in jobs(args.quick):
+        line = f"{arch} {str(dtype).removeprefix('torch.')} {head_dim} {features}"
+        if line in done or not set(args.check.split()) <= set(line.split()):
+            continue
+        for row in compiled(arch, dtype, head_dim, features, passes):
+            rows[row.key] = row
+            wrong += [] if writing else risen(row, committed)
+            print(json.dumps(row._asdict()), flush=True)
+        if writing:
+            save(rows)
+    wrong += [what for row in rows.values() for what in faults(row)]
+    print("\n".join(wrong) if wrong else f"{len(rows)} kernels, nothing wrong", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -160,7 +160,9 @@ class Tiles:
         self.dim = max(flags.D, flags.DV)
         self.itemsize = t.element_size()
         self.arch = arch_of(t.device.type, t.device.index)
-        self.heavy = any((flags.KEEP, flags.BIAS, flags.ALIBI, flags.SOFTCAP, flags.DROPOUT, flags.D_WEIGHTS))
+        heavy = any((flags.KEEP, flags.BIAS, flags.ALIBI, flags.SOFTCAP, flags.DROPOUT, flags.D_WEIGHTS))
+        lengths = (flags.KEY_LENGTHS or flags.QUERY_LENGTHS or flags.VARLEN) and not flags.BAND
+        self.load = config.HEAVY if heavy else config.LENGTHS if lengths else config.LIGHT
 
     def streaming(self, *tensors: Tensor) -> Tiles:
         """For kernels that stream these tensors: by descriptors where the GPU has and the strides allow them."""
@@ -170,11 +172,11 @@ class Tiles:
 
     def one_pass(self) -> bool:
         """Whether dQ may be added up by atomics in the kernel that makes dK and dV."""
-        return config.one_pass(self.arch, self.dim, self.itemsize, self.heavy)
+        return config.one_pass(self.arch, self.dim, self.itemsize, self.load)
 
     def entry(self, name: str, fn: Any, flags: Flags | None = None, **constants: Any) -> tuple[Entry, config.Tile]:
         """The kernel of one pass with its tile."""
-        t = config.tile(self.arch, name, self.dim, self.itemsize, self.heavy)
+        t = config.tile(self.arch, name, self.dim, self.itemsize, self.load)
         return self.with_tile(t, fn, flags or self.flags, **constants), t
 
     def with_tile(self, t: config.Tile, fn: Any, flags: Flags, **constants: Any) -> Entry:

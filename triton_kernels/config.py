@@ -42,14 +42,17 @@ class Tile(NamedTuple):
     registers: int = 0
 
 
-# (family, pass) -> {head_dim bucket: tile}, or (light, heavy) tiles. Heavy: a dense mask, dropout, softcap or ALiBi.
-_16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, Tile]]] = {
+LIGHT, LENGTHS, HEAVY = 0, 1, 2
+"""How much a call asks of the registers. Lengths: without a band. Heavy: a dense mask, dropout, softcap or ALiBi."""
+
+# (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles
+_16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("sm_90", "forward"): {
         64: (Tile(128, 128, 8, 2, 128), Tile(128, 64, 8)),
         128: (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8)),
         256: Tile(128, 64, 8),
     },
-    ("sm_90", "keys"): {64: Tile(64, 64, 4), 128: (Tile(64, 128, 8), Tile(32, 128, 8))},
+    ("sm_90", "keys"): {64: Tile(64, 64, 4), 128: (Tile(64, 128, 8), Tile(64, 128, 8, 1), Tile(32, 128, 8))},
     ("sm_90", "dk"): {256: Tile(32, 128, 8)},
     ("sm_90", "dv"): {256: Tile(64, 128, 8)},
     ("sm_90", "queries"): {64: Tile(128, 64, 8), 128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
@@ -97,7 +100,7 @@ def parts(dim: int, one_pass: bool = False) -> tuple[str, ...]:
     return ("one_pass",) if one_pass else ("keys",)
 
 
-def tile(arch: str, name: str, dim: int, itemsize: int, heavy: bool) -> Tile:
+def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
     """The tile of one pass; `dim` is the larger head_dim."""
     family = FAMILY.get(arch, "small")
     if family == "interpreter":
@@ -108,12 +111,12 @@ def tile(arch: str, name: str, dim: int, itemsize: int, heavy: bool) -> Tile:
         return _FLOAT32[bucket(dim)]
     found = _16_BIT.get((family, name)) or _16_BIT[family, "keys"]
     at = found[bucket(dim)]
-    return at if isinstance(at, Tile) else at[heavy]
+    return at if isinstance(at, Tile) else at[load * (len(at) - 1) // 2]
 
 
-def one_pass(arch: str, dim: int, itemsize: int, heavy: bool) -> bool:
+def one_pass(arch: str, dim: int, itemsize: int, load: int) -> bool:
     """Whether the backward with dQ by atomics is wanted, and compiles without spills there."""
-    if os.environ.get("ATTN_TRITON_ONE_PASS", "0") in ("", "0") or heavy or itemsize != 2:
+    if os.environ.get("ATTN_TRITON_ONE_PASS", "0") in ("", "0") or load or itemsize != 2:
         return False
     return bucket(dim) in _16_BIT.get((FAMILY.get(arch, "small"), "one_pass"), ())
 

@@ -264,7 +264,7 @@ class _DecodePlan:
     """The kernels of one kind of decoding step, and in how many parts they split the keys."""
 
     def __init__(self, tiles: Tiles, packed_rows: int, heads: int, capacity: int, paged: bool) -> None:
-        tile = config.tile(tiles.arch, "decode", tiles.dim, tiles.itemsize, tiles.heavy)
+        tile = config.tile(tiles.arch, "decode", tiles.dim, tiles.itemsize, tiles.load)
         self.tile = tile._replace(rows=min(64, max(tile.rows, power_of_two(packed_rows))))
         programs = heads * ceil(packed_rows, self.tile.rows)
         wanted = ceil(2 * config.processors(tiles.device), programs)

@@ -110,5 +110,5 @@ class TritonBackend(Backend):
         from attn.triton_kernels import config
 
         size = max(spec.head_dim, spec.value_dim)
-        t = config.tile(spec.arch, "forward", size, spec.dtype.itemsize, False)
+        t = config.tile(spec.arch, "forward", size, spec.dtype.itemsize, config.LIGHT)
         return t.rows, t.keys

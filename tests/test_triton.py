@@ -1,0 +1,153 @@
+"""The Triton kernels without a GPU: in the interpreter, compiled offline, and what a call costs on the host.
+
+Interpreting and compiling exclude each other in one process, so each of them has a process of its own here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import attn
+from attn.backends.triton import INTERPRETED, TritonBackend
+from attn.spec import AttentionSpec
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel here")
+
+
+def python(*args: str, interpret: bool = False, timeout: int = 1200) -> subprocess.CompletedProcess[str]:
+    """Run Python in the source tree."""
+    env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTHONPATH": str(ROOT)}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def interpreted(*args: str) -> str:
+    """Run pytest on the folder of interpreter tests; returns its last line, and fails with its output."""
+    done = python("-m", "pytest", "tests/interpreted", "-q", "-p", "no:cacheprovider", *args, interpret=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@needs_triton
+def test_the_kernels_in_the_interpreter() -> None:
+    last = interpreted()
+    passed = re.search(r"(\d+) passed", last)
+    assert passed is not None
+    assert int(passed[1]) > 100
+    assert "skipped" not in last
+
+
+@needs_triton
+@pytest.mark.slow
+def test_more_of_the_kernels_in_the_interpreter() -> None:
+    assert "passed" in interpreted("-m", "slow")
+
+
+@needs_triton
+def test_offline_compiles_spill_nothing_and_use_matrix_instructions() -> None:
+    """Some kernels of each architecture; the whole table is `compile_table` itself, in docs/triton.md."""
+    done = python("-m", "attn.benchmarks.compile_table", "--quick")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+    assert len(rows) > 25
+
+
+def compile_table() -> ModuleType:
+    return importlib.import_module("attn.benchmarks.compile_table")
+
+
+@needs_triton
+def test_the_committed_table_holds_what_it_must() -> None:
+    table = compile_table()
+    rows = table.load()
+    assert [what for row in rows.values() for what in table.faults(row)] == []
+    assert {row.arch for row in rows.values()} == set(table.ARCHS)
+    assert {row.head_dim for row in rows.values()} == set(table.HEAD_DIMS)
+    training = [r for r in rows.values() if r.arch == "sm_90" and r.kernel in ("forward", "keys", "queries")]
+    assert all(r.products.get("HGMMA") for r in training if r.dtype != "float32")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["sm_90 bfloat16 128", "sm_80 bfloat16 64 causal", "gfx942 float16 64"])
+def test_no_ceiling_of_the_committed_table_rises(words: str) -> None:
+    done = python("-m", "attn.benchmarks.compile_table", "--check", words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("registers") > 5
+
+
+COST = """
+import sys, time, torch
+torch.set_num_threads(1)
+from attn.benchmarks import compile_table
+from attn.triton_kernels import passes
+x = compile_table.operands(torch.bfloat16, 64, "causal")
+
+def quickest(run):
+    best = 1.0
+    for _ in range(400):
+        start = time.perf_counter()
+        for _ in range(10):
+            run()
+        best = min(best, (time.perf_counter() - start) / 10)
+    return best * 1e6
+
+with compile_table.offline("sm_90") as driver:
+    residuals = passes.forward(x)
+    d_out = torch.zeros_like(residuals[0])
+    forward = lambda: passes.forward(x)
+    backward = lambda: passes.backward(x, residuals, d_out, None, None, False)
+    backward()
+    before = driver.launches
+    f, b = quickest(forward), quickest(backward)
+    assert driver.launches - before == 4000 * (1 + 3), driver.launches
+baseline = quickest(lambda: torch.empty((2, 2, 256), dtype=torch.float32))
+print(f, b, baseline)
+"""
+
+
+@needs_triton
+def test_host_cost_of_a_cached_call() -> None:
+    """With the launch stubbed out, in units of one `torch.empty`, so that a slow machine is no failure: a forward call
+    is about 12 of them and a backward call 22 (1 to 1.3 microseconds each on a 2 GHz core: 16 and 30 in all)."""
+    done = python("-c", COST)
+    assert done.returncode == 0, done.stderr[-2000:]
+    forward, backward, unit = map(float, done.stdout.split())
+    assert forward < 25 * unit, done.stdout
+    assert forward + backward < 70 * unit, done.stdout
+
+
+def test_old_gpus_are_refused_in_one_sentence() -> None:
+    backend = TritonBackend()
+    reason = backend.refuses(AttentionSpec(device="cuda", arch="sm_75", head_dim=64, value_dim=64))
+    assert reason is not None
+    assert "8.0" in reason
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton can run here")
+def test_without_a_gpu_the_reason_names_the_cure() -> None:
+    q = torch.zeros(1, 1, 2, 8)
+    assert "triton" not in attn.available_backends()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        attn.attention(q, q, q, backend="triton")
+
+
+def test_importing_attn_does_not_import_triton() -> None:
+    code = (
+        "import sys, attn, torch; q = torch.zeros(1, 1, 2, 8); attn.attention(q, q, q); print('triton' in sys.modules)"
+    )
+    assert python("-c", code).stdout.strip() == "False"
