@@ -257,11 +257,13 @@ def jobs(quick: bool = False) -> list[Job]:
         wanted += [(arch, bf16, 64, "causal", TRAIN) for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")]
         wanted += [("sm_90", torch.float16, 64, "causal lengths", ("forward",)), ("sm_90", bf16, 64, "none", ALL[2:])]
         return [*wanted, ("sm_80", torch.float32, 64, "causal", ("forward",))]
-    wanted = [(arch, bf16, d, f, TRAIN) for arch in ("sm_90", "sm_80", "sm_100") for d in (64, 128) for f in COMMON]
-    for dtype in DTYPES:
-        dims = HEAD_DIMS if dtype == bf16 else (64, 128, 256)
-        wanted += [(arch, dtype, d, "causal", ALL) for arch in ARCHS for d in dims]
-    wanted += [(arch, bf16, d, f, TRAIN) for arch in ("sm_90", "sm_80") for d in (64, 128) for f in HEAVY_SETS]
+    three = ("sm_90", "sm_80", "sm_100")
+    wanted = [(arch, bf16, d, "causal", ALL) for d in (64, 128) for arch in ARCHS]
+    wanted += [(arch, bf16, d, f, TRAIN) for d in (64, 128) for arch in three for f in COMMON if f != "causal"]
+    wanted += [(arch, bf16, d, "causal", TRAIN) for d in (256, 100, 32, 192) for arch in ARCHS]
+    wanted += [("sm_90", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
+    wanted += [(arch, d, n, "causal", TRAIN) for d in DTYPES[1:] for n in (64, 128, 256) for arch in ARCHS]
+    wanted += [("sm_80", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
     return wanted
 
 

@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 import torch
+import triton
 
 SHARED = {  # bytes of shared memory that a block may use; Triton itself refuses nothing
     "sm_80": 163 << 10,
@@ -100,8 +101,20 @@ def parts(dim: int, one_pass: bool = False) -> tuple[str, ...]:
     return ("one_pass",) if one_pass else ("keys",)
 
 
+TUNED: dict[str, Tile] = {}
+"""What ATTN_AUTOTUNE=1 found (tune.py), by `tuned_key`."""
+
+
+def tuned_key(arch: str, name: str, dim: int, itemsize: int, load: int) -> str:
+    """What a tuned tile is good for."""
+    return f"triton {triton.__version__} {arch} {name} {bucket(dim)} {itemsize} {load}"
+
+
 def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
     """The tile of one pass; `dim` is the larger head_dim."""
+    tuned = TUNED.get(tuned_key(arch, name, dim, itemsize, load))
+    if tuned is not None:
+        return tuned
     family = FAMILY.get(arch, "small")
     if family == "interpreter":
         return _INTERPRETER._replace(rows=64) if name == "delta" else _INTERPRETER
@@ -114,9 +127,13 @@ def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
     return at if isinstance(at, Tile) else at[load * (len(at) - 1) // 2]
 
 
+ONE_PASS = os.environ.get("ATTN_TRITON_ONE_PASS", "0") not in ("", "0")
+"""Whether the single-pass backward, not deterministic, is taken where it can be: opt-in until it has been timed."""
+
+
 def one_pass(arch: str, dim: int, itemsize: int, load: int) -> bool:
     """Whether the backward with dQ by atomics is wanted, and compiles without spills there."""
-    if os.environ.get("ATTN_TRITON_ONE_PASS", "0") in ("", "0") or load or itemsize != 2:
+    if not ONE_PASS or load or itemsize != 2:
         return False
     return bucket(dim) in _16_BIT.get((FAMILY.get(arch, "small"), "one_pass"), ())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from attn.spec import DecodeOperands, Operands
 
-from . import config
+from . import config, tune
 from .arguments import (
     NO_MASK,
     Tiles,
@@ -76,7 +77,13 @@ def forward(x: Operands) -> Forward:
     """(out, m, l)."""
     q, k, v = rows(x.q), rows(x.k), rows(x.v)
     key = key_of("forward", x, (q, k, v))
-    plan = plans.get(key) or remember(key, _ForwardPlan(x, q, k, v, key[0]))
+    plan = plans.get(key)
+    if plan is None:
+        plan = _ForwardPlan(x, q, k, v, key[0])
+        if tune.wanted() and not plan.skip:
+            tune.tune(plan.tiles, ("forward",), lambda: forward(x))
+            plan = _ForwardPlan(x, q, k, v, key[0])
+        remember(key, plan)
     out = q.new_empty_strided(plan.shape, plan.strides)
     m = q.new_empty(plan.shape[:3], dtype=torch.float32)
     l = q.new_empty(plan.shape[:3], dtype=torch.float32)
@@ -166,8 +173,15 @@ def backward(
         d_weights = d_weights[:, None]
     d_lse = None if d_lse is None else d_lse.contiguous()
     given = (q, k, v, d_out, out, m, l, d_lse, d_weights)
-    key = key_of("backward", x, given, torch.are_deterministic_algorithms_enabled())
-    plan = plans.get(key) or remember(key, _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights))
+    key = key_of("backward", x, given, torch.are_deterministic_algorithms_enabled(), config.ONE_PASS)
+    plan = plans.get(key)
+    if plan is None:
+        plan = _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights)
+        if tune.wanted() and not plan.skip:
+            again = functools.partial(backward, x, residuals, d_out, d_lse, d_weights, needs_bias_grad)
+            tune.tune(plan.tiles, (*config.parts(plan.tiles.dim, plan.one_pass), "queries"), again)
+            plan = _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights)
+        remember(key, plan)
     dead = plan.packed or plan.skip
     dq, dk, dv = _gradient(q, dead), _gradient(k, dead), _gradient(v, dead)
     if plan.skip:
