@@ -235,6 +235,6 @@ def test_overhead_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert overhead.main(["--rounds", "2", "--json", str(tmp_path / "overhead.json")]) in (0, 1)
     found = json.loads((tmp_path / "overhead.json").read_text())
     said = capsys.readouterr().out
-    assert len(found["rows"]) == 5
+    assert len(found["rows"]) >= 5
     assert all(row["what"] in said and row["torch_us"] > 0 for row in found["rows"])
     assert torch.get_num_threads() == threads
