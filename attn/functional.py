@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from attn import masks, ops, planner, reference
 from attn.backends.base import Backend
 from attn.masks import Mask
-from attn.operands import checked, spec_of
+from attn.operands import check_dropout, checked, spec_of
 from attn.planner import Explanation
 from attn.spec import UNBOUNDED, AttentionSpec, Operands
 
@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
         RuntimeError: what PyTorch's function refuses, in one clear sentence; a forced backend that cannot run the call.
         TypeError: an argument that is no tensor. ValueError: an unknown backend, a number out of range.
     """
-    plain = None
+    plain, is_causal = None, bool(is_causal)
     if attn_mask is None and dropout_p == 0.0:
         plain = planner.plain_key(query, key, value, is_causal, scale, enable_gqa, backend)
         known = planner.recall(plain)
@@ -273,6 +273,9 @@ def explain(
     Nothing runs. Raises what `attention` raises for its arguments; a forced backend that cannot run the call raises
     nothing here: `.chosen` is None and its reason says why.
     """
+    check_dropout(dropout_p)
+    if weights not in ("", "mean", "heads"):
+        raise ValueError(f"weights is {weights!r}; use '', 'mean' or 'heads'")
     x = checked(q, k, v, mask, bias, alibi_slopes, 0.0, scale, softcap)
     spec = spec_of(x, return_lse, weights)._replace(dropout=dropout_p > 0)
     return planner.explain_spec(spec, backend)

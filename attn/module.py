@@ -390,6 +390,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             "or use torch.compile or torch.export"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out where `attn.capture_weights` writes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_log"}
+
     def _leaf_call(self, tensors: tuple[Any, Any, Any], **options: Any) -> Any:
         """One call_module node: symbolic tracing keeps this module whole, as it keeps PyTorch's."""
         tracer: Any = next(t.tracer for t in tensors if isinstance(t, torch.fx.Proxy))

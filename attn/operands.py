@@ -69,6 +69,8 @@ def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
     q, k, v, bias, keep, slopes, key_lengths, query_lengths, ids_q, _, prefix, packed, _, seed, left, right, end, *_ = x
     bias_grad = bias is not None and bias.requires_grad
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad)
+    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
+        grad, bias_grad = True, bias is not None  # under vmap, requires_grad of what is wrapped does not show
     device = q.device
     kind = device.type
     _, heads, _, head_dim = q.shape

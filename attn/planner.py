@@ -77,6 +77,8 @@ def choose(spec: AttentionSpec, backend: str | None = None, default: str | None 
     Raises ValueError for an unknown name and RuntimeError where a forced backend cannot run the call.
     """
     wish = backend or state.forced or default
+    if wish is not None and not isinstance(wish, str):
+        raise TypeError(f"backend is {type(wish).__name__}; give a name, one of {', '.join(BACKENDS)}")
     if torch.compiler.is_compiling():
         return _choose(spec, wish)
     found = _plans.get((spec, wish))
@@ -96,10 +98,14 @@ def plain_key(q: Tensor, k: Tensor, v: Tensor, *wishes: Any) -> tuple[Any, ...] 
     """
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
         return None
+    try:
+        hash(wishes)
+    except TypeError:  # an argument of the wrong kind, which the checks will name
+        return None
     if q.is_nested or k.is_nested or v.is_nested or torch._C._is_any_autocast_enabled():
         return None
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors there
-        return None
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return None  # sizes are tensors there; requires_grad does not show
     shapes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     layouts = (q.layout, k.layout, v.layout)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -36,7 +36,7 @@ def replace(
     """Turn every `nn.MultiheadAttention` in a model into `attn.MultiheadAttention`, in place.
 
     Parameters, hooks, training mode, dtype, device and sharing stay as they are; `restore` is the way back. Modules
-    that are ours already stay, and take over the arguments given here.
+    that are ours already stay, and take over a `backend` or `masked_rows` given here that is not the default.
 
     Args:
         model: any module, an `nn.MultiheadAttention` itself included.

@@ -326,3 +326,18 @@ def test_the_seed_comes_from_torchs_generator():
     seed = rng.draw(q.device)
     x = Operands(q, q, q, rng=seed, scale=D**-0.5, dropout_p=0.5)
     assert torch.equal(ops.attention_forward(*x, "", "reference")[0], first)
+
+
+@pytest.mark.parametrize("options", [*KINDS, {"return_lse": True}])
+def test_vmap_inside_autograd_loses_no_gradient(options):
+    def loss(q, k, bias):
+        result = attn.attention(q, k, k, bias=bias, **options)
+        return sum(t.square().sum() for t in (result if isinstance(result, tuple) else (result,)))
+
+    q = torch.randn(3, B, H, L, D, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(B, H, S, D, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, L, S, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(vmap(loss, in_dims=(0, None, 0))(q, k, bias).sum(), (q, k, bias))
+    looped = sum(loss(a, k, b) for a, b in zip(q, bias, strict=True))
+    for f, e in zip(found, torch.autograd.grad(looped, (q, k, bias)), strict=True):
+        assert_close(f, e)

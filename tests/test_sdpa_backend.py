@@ -13,7 +13,7 @@ from attn import reference
 from attn.backends import load
 from attn.backends.sdpa import REFUSED
 from attn.spec import AttentionSpec, Operands
-from attn.testing import Case, assert_case, cases, oracle, run_case, spy
+from attn.testing import Case, assert_case, assert_close, assert_module_close, cases, oracle, run_case, spy
 from attn.testing.laws import values_gradient
 
 BASE = AttentionSpec(head_dim=8, value_dim=8)
@@ -150,3 +150,24 @@ def test_a_broadcast_mask_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> No
     attn.attention(q, k, v, mask=attn.masks.window(2, 0), backend="sdpa")
     attn.attention(q, k, v, mask=attn.masks.padding(torch.tensor([1, 2, 3, 4])), backend="sdpa")
     assert shapes == [(1, 1, 6, 6), (4, 1, 1, 6)]
+
+
+@pytest.mark.parametrize("length", [5, 16, 50])
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_masks_of_another_dtype_are_read_right(dtype, mask_dtype, length):
+    q, k, v = (torch.randn(1, 2, length, 8).to(dtype) for _ in range(3))
+    bias = torch.randn(length, length).to(mask_dtype)
+    found = attn.attention(q, k, v, bias=bias, backend="sdpa")
+    exact = attn.attention(q.double(), k.double(), v.double(), bias=bias.double(), backend="reference")
+    assert found.dtype == dtype
+    assert_module_close(found, exact, attn.attention(q, k, v, bias=bias, backend="reference"))
+
+
+def test_autocast_does_not_round_masks():
+    q = torch.randn(1, 1, 2, 8)
+    bias = torch.full((2, 2), torch.finfo(torch.float32).min)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (attn.attention(q, q, q, bias=bias, backend=b) for b in ("sdpa", "reference"))
+    assert (found != 0).all()
+    assert_close(found, expected)

@@ -45,33 +45,29 @@ class SdpaBackend(Backend):
     def call(self, spec: AttentionSpec, x: Operands) -> Tensor:
         """out (B, Hq, L, Dv), recorded by PyTorch's autograd."""
         record(self.name, "call")
-        if not (
-            spec.band
-            or spec.key_lengths
-            or spec.query_lengths
-            or spec.documents
-            or spec.keep
-            or spec.bias
-            or spec.alibi
-        ):
-            return F.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale, enable_gqa=spec.grouped)
-        if _is_causal(spec, x):
-            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, scale=x.scale, enable_gqa=spec.grouped)
-        q, k, v = _hide_past_lengths(x)
-        mask = _dense(x)
-        if mask is None or mask.dtype == torch.bool or mask.dtype == q.dtype or spec.device == "cpu":
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped)
-        else:  # kernels off the CPU want mask and query in one dtype; a mask rounded to 16 bits is another mask
-            q, k, v = (t.to(mask.dtype) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped).to(x.q.dtype)
-        if x.query_lengths is None:
-            return out
-        return out.masked_fill(masks.past(x.query_lengths, out.shape[2]), 0.0)  # and 0 for whatever d_out holds there
+        if not torch._C._is_any_autocast_enabled():
+            return _call(spec, x)
+        with torch.autocast(spec.device, enabled=False):  # it would round float masks to 16 bits
+            return _call(spec, x)
 
 
-def _is_causal(spec: AttentionSpec, x: Operands) -> bool:
+def _call(spec: AttentionSpec, x: Operands) -> Tensor:
     dense = spec.key_lengths or spec.query_lengths or spec.documents or spec.keep or spec.bias or spec.alibi
-    return spec.causal and not dense and (spec.band == "start" or x.q.shape[2] == x.k.shape[2])
+    if not (dense or spec.band):
+        return F.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale, enable_gqa=spec.grouped)
+    if spec.causal and not dense and (spec.band == "start" or x.q.shape[2] == x.k.shape[2]):
+        return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, scale=x.scale, enable_gqa=spec.grouped)
+    q, k, v = _hide_past_lengths(x)
+    mask = _dense(x)
+    if mask is None or mask.dtype == torch.bool or mask.dtype == q.dtype:
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped)
+    else:  # PyTorch's kernels refuse or misread a mask of another dtype; rounded to 16 bits it is another mask
+        dtype = torch.promote_types(torch.promote_types(mask.dtype, q.dtype), torch.float32)
+        q, k, v, mask = (t.to(dtype) for t in (q, k, v, mask))
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped).to(x.q.dtype)
+    if x.query_lengths is None:
+        return out
+    return out.masked_fill(masks.past(x.query_lengths, out.shape[2]), 0.0)  # and 0 for whatever d_out holds there
 
 
 def _hide_past_lengths(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
