@@ -88,15 +88,14 @@ def test_autocast_leaves_float_masks_alone() -> None:
         assert stock(x, x, x, attn_mask=mask)[1][:, 1].isnan().all()
 
 
-def test_a_loss_on_the_weights_alone_gives_values_a_gradient_of_zeros() -> None:
+def test_a_loss_on_the_weights_alone_leaves_values_without_gradient() -> None:
     stock, ours = pair()
     grads = []
     for m in (ours, stock):
         q, k, v = (torch.randn(N, L, E, requires_grad=True) for _ in range(3))
         m(q, k, v)[1].square().sum().backward()
         grads.append(v.grad)
-    assert grads[1] is None
-    assert grads[0] is None or not grads[0].any()
+    assert grads == [None, None]
 
 
 def test_parameters_are_read_once_per_call() -> None:
