@@ -67,17 +67,18 @@ def metadata(wheel: Path) -> Message:
         return email.message_from_bytes(file.read(name))
 
 
-def modules() -> set[str]:
-    """Every module of the source tree by its path in a wheel."""
+def modules(source: Path) -> set[str]:
+    """Every module of a source tree by its path in a wheel."""
     found = set()
     for folder, home in FOLDERS.items():
-        found |= {f"{home}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+        found |= {f"{home}/{path.relative_to(source / folder).as_posix()}" for path in (source / folder).rglob("*.py")}
     return found
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) -> None:
     packed = {name for name in names(wheel) if ".dist-info/" not in name}
-    assert packed == modules() | {"attn/py.typed"}
+    results = {f"attn/benchmarks/results/{path.name}" for path in (source / "benchmarks/results").glob("*.json")}
+    assert packed == modules(source) | results | {"attn/py.typed"}
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
