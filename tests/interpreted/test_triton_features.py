@@ -10,6 +10,8 @@ from interpreted_cases import DTYPES, SITUATIONS, situation
 
 from attn.backends import load
 from attn.testing import Case, assert_case, assert_gradients, cases, oracle
+from attn.triton_kernels import arguments, config
+from attn.triton_kernels.launch import observed
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
@@ -79,3 +81,50 @@ def test_random_packed_call(case: Case) -> None:
 @pytest.mark.parametrize("case", small(70, 8, "attention") + small(30, 9, "varlen"), ids=str)
 def test_more_random_calls(case: Case) -> None:
     assert_case(case, "triton")
+
+
+@pytest.mark.parametrize("name", ["causal", "lengths", "bias_finfo_min", "varlen_causal", "softcap"])
+def test_single_pass_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dQ by atomics in the kernel that makes dK and dV: opt-in, and never where determinism is asked for."""
+    monkeypatch.setattr(config, "one_pass", lambda *_: True)
+    arguments.plans.clear()
+    with observed() as entries:
+        assert_case(situation(name, torch.float32), "triton")
+    parts = {entry.constants.get("PART") for entry in entries}
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    arguments.plans.clear()
+    with observed() as entries:
+        assert_case(situation(name, torch.float32), "triton")
+    arguments.plans.clear()
+    assert "one_pass" in parts
+    assert "one_pass" not in {entry.constants.get("PART") for entry in entries}
+
+
+@pytest.mark.parametrize("name", ["full", "lengths", "prefix_window", "varlen_causal"])
+def test_tensor_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Hopper and Blackwell load by: the same numbers as by pointers."""
+    monkeypatch.setattr(config, "descriptors", lambda arch: True)
+    arguments.plans.clear()
+    with observed() as entries:
+        assert_case(situation(name, torch.float32, head_dim=16, value_dim=32), "triton")
+    arguments.plans.clear()
+    assert any(entry.constants["F"].TMA for entry in entries)
+
+
+def test_blocks_outside_the_mask_are_not_loaded() -> None:
+    """A NaN in a value that no visited block holds stays there: 0 * NaN would show that the block was loaded."""
+    x = situation("full", torch.float32, B=1, L=96, S=96, head_dim=16, value_dim=16).operands()
+    v = x.v.clone()
+    v[:, :, 64:] = torch.nan
+    for call in (
+        x._replace(v=v, q=x.q[:, :, :64], right=0),
+        x._replace(v=v, left=0, right=0, q=x.q[:, :, :64]),
+        x._replace(v=v, key_lengths=torch.tensor([64], dtype=torch.int32)),
+        x._replace(v=v, ids_q=torch.zeros(1, 96, dtype=torch.int64), ids_k=(torch.arange(96) >= 64).long()[None]),
+    ):
+        assert bool(load("triton").forward(call)[0].isfinite().all())
+    v = x.v.clone()
+    v[:, :, 32:64] = torch.nan  # for the last rows between the prefix and the window
+    last = x._replace(v=v, left=4, right=0, end=True, q=x.q[:, :, 68:])
+    gap = last._replace(prefix=torch.tensor([20], dtype=torch.int32))
+    assert bool(load("triton").forward(gap)[0].isfinite().all())
