@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,9 +114,10 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor) -> Flags:
-    """Everything about a call that its kernels are compiled for."""
+def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Flags:
+    """Everything about a call that its kernels are compiled for; `more` are other tensors that they load rows of."""
     D, DV = q.shape[3], v.shape[3]
+    common = math.gcd(D, DV, *(s for t in (q, k, v, *more) for s in t.stride()[:3])) & 15
     plain = x.bias is None and x.alibi_slopes is None and x.softcap == 0
     return Flags(
         D,
@@ -134,6 +136,7 @@ def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor) -> Flags:
         ALIBI=x.alibi_slopes is not None,
         SOFTCAP=x.softcap > 0,
         DROPOUT=x.rng is not None,
+        ALIGN=common & -common or 1,  # its largest power of two; a multiple of 16 needs no help
         FOLDED=plain and x.scale > 0,
         PRECISION="tf32" if q.dtype == torch.float32 and tf32() else "ieee",
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .tile import (
     INF,
+    aligned,
     exponent,
     kept,
     load_rows,
@@ -35,6 +36,7 @@ from .tile import (
 def attn_delta(out, d_out, d_lse, l_in, stats, mask, n, blocks, F: tl.constexpr, T: tl.constexpr):
     """delta = rowsum(out dO) - dlse and the r of `statistics`, padded with dead rows to 128: readers need no mask."""
     BM: tl.constexpr = T.rows
+    out, d_out = aligned(out, F), aligned(d_out, F)
     blk, h, b = program(blocks, n.heads, False)
     at = place(mask, n, b, F)
     i0 = blk * BM
@@ -77,7 +79,9 @@ def attn_backward_keys(
     to a float32 buffer by atomics, in no fixed order."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
     dq, dk, dv = to
+    dk, dv = aligned(dk, F), aligned(dv, F)
     blk, hk, b = program(blocks, n.heads // n.group, False)
     at = place(mask, n, b, F)
     j0 = blk * BN
@@ -169,6 +173,8 @@ def attn_backward_queries(
     """dQ of one block of queries. With DELTA, instead, rowsum(P dW) of returned weights, added to delta in place."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
+    dq = aligned(dq, F)
     blk, h, b = program(blocks, n.heads, F.BAND)
     at = place(mask, n, b, F)
     i0 = blk * BM
@@ -236,6 +242,7 @@ def attn_backward_bias(
     """The gradient of a bias: dS summed in a fixed order over the dimensions OVER. One program per block of the sum."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
     nb = batches if OVER.batch else 1
     nh = n.heads if OVER.head else 1
     ni = tl.cdiv(n.rows, BM) if OVER.row else 1

@@ -46,19 +46,25 @@ class Tile(NamedTuple):
 LIGHT, LENGTHS, HEAVY = 0, 1, 2
 """How much a call asks of the registers. Lengths: without a band. Heavy: a dense mask, dropout, softcap or ALiBi."""
 
-# (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles
+# (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles; a negative bucket is
+# for head dims that are no multiple of 16, whose loads are narrower and take more registers for their addresses.
 _16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("sm_90", "forward"): {
         64: (Tile(128, 128, 8, 2, 128), Tile(128, 64, 8)),
         128: (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8)),
+        -128: Tile(128, 64, 8),
         256: Tile(128, 64, 8),
     },
-    ("sm_90", "keys"): {64: Tile(64, 64, 4), 128: (Tile(64, 128, 8), Tile(64, 128, 8, 1), Tile(32, 128, 8))},
+    ("sm_90", "keys"): {
+        64: Tile(64, 64, 4),
+        128: (Tile(64, 128, 8), Tile(64, 128, 8, 1), Tile(32, 128, 8)),
+        -128: Tile(32, 128, 8),
+    },
     ("sm_90", "dk"): {256: Tile(32, 128, 8)},
     ("sm_90", "dv"): {256: Tile(64, 128, 8)},
     ("sm_90", "queries"): {64: Tile(128, 64, 8), 128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
     ("sm_90", "one_pass"): {64: Tile(64, 128, 8)},
-    ("sm_100", "forward"): {64: Tile(128, 128, 8), 128: Tile(128, 128, 8), 256: Tile(128, 32, 8)},
+    ("sm_100", "forward"): {64: Tile(128, 128, 8), 128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
     ("sm_100", "keys"): {64: Tile(64, 128, 8), 128: Tile(64, 128, 8, 1)},
     ("sm_100", "dk"): {256: Tile(32, 64, 8)},
     ("sm_100", "dv"): {256: Tile(32, 64, 8)},
@@ -123,7 +129,7 @@ def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
     if itemsize == 4:
         return _FLOAT32[bucket(dim)]
     found = _16_BIT.get((family, name)) or _16_BIT[family, "keys"]
-    at = found[bucket(dim)]
+    at = found.get(-bucket(dim) if dim % 16 else 0) or found[bucket(dim)]
     return at if isinstance(at, Tile) else at[load * (len(at) - 1) // 2]
 
 

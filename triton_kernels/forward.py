@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .tile import (
     INF,
+    aligned,
     kept,
     load_rows,
     matrix,
@@ -29,6 +30,7 @@ def attn_forward(q, k, v, out, m_out, l_out, mask, n, table, blocks, F: tl.const
     BN: tl.constexpr = T.keys
     blk, h, b = program(blocks, n.heads, F.BAND)
     at = place(mask, n, b, F)
+    q, k, v, out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(out, F)
     i0 = blk * BM
     i = i0 + tl.arange(0, BM)
     if F.DOCUMENTS:

@@ -41,14 +41,15 @@ Forward = tuple[Tensor, Tensor, Tensor]
 class _Plan:
     """What is the same in all calls of one key: sizes, numbers, and kernels with their tiles and grids."""
 
-    def __init__(self, x: Operands, q: Tensor, k: Tensor, v: Tensor, direct: bool, share: float = 1.0) -> None:
+    def __init__(self, x: Operands, tensors: tuple[Tensor, ...], direct: bool, share: float = 1.0) -> None:
+        q, k, v, *more = tensors
         self.plain = plain(x)
         self.packed = x.cu_seqlens_q is not None
         self.B, self.longest, self.longest_k = sequences(x)
         self.H, self.Hk = q.shape[1], k.shape[1]
         self.padded = (ceil(q.shape[2], 128) + (self.B if self.packed else 0)) * 128
         self.numbers = numbers_of(x, self.H // max(self.Hk, 1), k.shape[2], self.padded, share)
-        self.tiles = Tiles(flags_of(x, q, k, v), q, direct)
+        self.tiles = Tiles(flags_of(x, q, k, v, *more), q, direct)
 
     def rows(self, tile: config.Tile) -> tuple[int, int]:
         """(blocks, programs) of a kernel that takes blocks of query rows."""
@@ -63,7 +64,7 @@ class _Plan:
 
 class _ForwardPlan(_Plan):
     def __init__(self, x: Operands, q: Tensor, k: Tensor, v: Tensor, direct: bool) -> None:
-        super().__init__(x, q, k, v, direct)
+        super().__init__(x, (q, k, v), direct)
         self.entry, self.tile = self.tiles.streaming(k, v).entry("forward", attn_forward)
         self.blocks, self.grid = self.rows(self.tile)
         N, H, L, _ = q.shape
@@ -102,7 +103,7 @@ def forward(x: Operands) -> Forward:
 
 class _WeightsPlan(_Plan):
     def __init__(self, x: Operands, q: Tensor, k: Tensor, average: bool, direct: bool) -> None:
-        super().__init__(x, q, k, k, direct, 1.0 / q.shape[1] if average else 1.0)
+        super().__init__(x, (q, k, k), direct, 1.0 / q.shape[1] if average else 1.0)
         self.entry, tile = self.tiles.entry("weights", attn_weights, AVERAGE=average)
         self.blocks = ceil(self.longest, tile.rows) * ceil(self.longest_k, tile.keys)
         self.grid = self.blocks * (1 if average else self.H) * self.B
@@ -128,14 +129,14 @@ class _BackwardPlan(_Plan):
     """Kernels as lists of (entry, tile, blocks, grid), in the order of their launches."""
 
     def __init__(self, x: Operands, tensors: tuple[Tensor, ...], direct: bool, d_weights: Tensor | None) -> None:
-        q, k, v, d_out = tensors
+        q, k, v, d_out, _ = tensors
         mean = d_weights is not None and d_weights.shape[1] != q.shape[1]
-        super().__init__(x, q, k, v, direct, 1.0 / q.shape[1] if mean else 1.0)
+        super().__init__(x, tensors, direct, 1.0 / q.shape[1] if mean else 1.0)
         self.skip = not (self.B * self.longest * self.longest_k and q.numel() and k.numel() and v.numel())
         tiles = self.tiles
         tiles.flags = flags = tiles.flags._replace(D_WEIGHTS=d_weights is not None)
         over_keys, over_rows = tiles.streaming(k, v), tiles.streaming(q, d_out)
-        kept = {n: getattr(flags, n) for n in ("BIAS", "VARLEN", "QUERY_LENGTHS")}
+        kept = {n: getattr(flags, n) for n in ("BIAS", "VARLEN", "QUERY_LENGTHS", "ALIGN")}
         self.delta, tile = tiles.entry("delta", attn_delta, Flags(0, flags.DV, 0, flags.BDV, **kept))
         self.delta_blocks = ceil(self.longest, 128) * 128 // tile.rows
         self.by_rows, self.by_keys = [], []
@@ -176,11 +177,11 @@ def backward(
     key = key_of("backward", x, given, torch.are_deterministic_algorithms_enabled(), config.ONE_PASS)
     plan = plans.get(key)
     if plan is None:
-        plan = _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights)
+        plan = _BackwardPlan(x, (q, k, v, d_out, out), key[0], d_weights)
         if tune.wanted() and not plan.skip:
             again = functools.partial(backward, x, residuals, d_out, d_lse, d_weights, needs_bias_grad)
             tune.tune(plan.tiles, (*config.parts(plan.tiles.dim, plan.one_pass), "queries"), again)
-            plan = _BackwardPlan(x, (q, k, v, d_out), key[0], d_weights)
+            plan = _BackwardPlan(x, (q, k, v, d_out, out), key[0], d_weights)
         remember(key, plan)
     dead = plan.packed or plan.skip
     dq, dk, dv = _gradient(q, dead), _gradient(k, dead), _gradient(v, dead)

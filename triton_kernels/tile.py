@@ -90,6 +90,7 @@ class Flags(NamedTuple):
     D_WEIGHTS: bool = False
     FOLDED: bool = False  # the score is q.k times a positive scale, which the exponent applies
     TMA: bool = False
+    ALIGN: int = 1  # what divides all strides, where Triton, which looks for 16 alone, does not see it
     PRECISION: str = "ieee"
 
 
@@ -354,6 +355,16 @@ def score_gradient(p, dp, delta, keep, i, j, h, at, mask, n, F: tl.constexpr):
     if F.DROPOUT:
         dp = tl.where(keep, dp * n.inv_keep, 0.0)
     return p * (dp - delta)
+
+
+@triton.jit
+def aligned(x, F: tl.constexpr):
+    """x, with strides that show the compiler what divides them: without, it would load element by element."""
+    if F.ALIGN > 1:
+        head, row = x.head // F.ALIGN * F.ALIGN, x.row // F.ALIGN * F.ALIGN
+        return Rows(x.ptr, x.batch // F.ALIGN * F.ALIGN, head, row)
+    else:
+        return x
 
 
 @triton.jit

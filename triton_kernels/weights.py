@@ -3,7 +3,21 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, exponent, kept, load_rows, matrix, place, program, row_offset, scores, statistics, touches, unit
+from .tile import (
+    INF,
+    aligned,
+    exponent,
+    kept,
+    load_rows,
+    matrix,
+    place,
+    program,
+    row_offset,
+    scores,
+    statistics,
+    touches,
+    unit,
+)
 
 
 @triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
@@ -11,6 +25,7 @@ def attn_weights(q, k, m_in, l_in, w, mask, n, blocks, F: tl.constexpr, AVERAGE:
     """w[b, h, i, j] = P after dropout; with AVERAGE its mean over heads, summed in a fixed order."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    q, k = aligned(q, F), aligned(k, F)
     blk, first, b = program(blocks, 1 if AVERAGE else n.heads, False)
     at = place(mask, n, b, F)
     columns = tl.cdiv(n.keys, BN)
