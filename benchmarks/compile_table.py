@@ -259,7 +259,7 @@ def jobs(quick: bool = False) -> list[Job]:
         return [*wanted, ("sm_80", torch.float32, 64, "causal", ("forward",))]
     three = ("sm_90", "sm_80", "sm_100")
     wanted = [(arch, bf16, d, "causal", ALL) for d in (64, 128) for arch in ARCHS]
-    wanted += [(arch, bf16, d, f, TRAIN) for d in (64, 128) for arch in three for f in COMMON if f != "causal"]
+    wanted += [(a, bf16, d, f, TRAIN) for d in (64, 128, 100, 32) for a in three for f in COMMON if f != "causal"]
     wanted += [(arch, bf16, d, "causal", TRAIN) for d in (256, 100, 32, 192) for arch in ARCHS]
     wanted += [("sm_90", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
     wanted += [(arch, d, n, "causal", TRAIN) for d in DTYPES[1:] for n in (64, 128, 256) for arch in ARCHS]

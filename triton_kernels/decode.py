@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, LN2, LOG2E, Place, clamp, online, scores, unit, zeros
+from .tile import INF, LN2, LOG2E, Place, aligned, clamp, online, scores, unit, zeros
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def attn_decode(q, k, v, out, lse, parts, mask, n, sizes, F: tl.constexpr, PAGED
     head r % group: the whole group and all new tokens read the cache once. A single part writes the result itself."""
     BR: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    q, k, v, out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(out, F)
     splits, blocks, pages, page_size, slots = sizes
     part_acc, part_m, part_l, table = parts
     pid = tl.program_id(0)
