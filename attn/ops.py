@@ -153,28 +153,59 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _, ctx.needs_bias_grad, *args = inputs
+        _, needs_bias_grad, *args = inputs
         out, _, _, m, l = output
-        ctx.save_for_backward(out, m, l, *args[:N_TENSORS])
-        ctx.rest = tuple(args[N_TENSORS:N_OPERANDS])
-        ctx.weights, ctx.backend = args[N_OPERANDS:]
+        _save(ctx, (out, m, l), Operands(*args[:N_OPERANDS]), args[-2], args[-1], needs_bias_grad)
         ctx.mark_non_differentiable(m, l)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, d_out: Any, d_lse: Any, d_weights: Any, *_: Any) -> tuple[Any, ...]:
-        count = 2 + N_OPERANDS + 2
-        if d_out is None and d_lse is None and d_weights is None:
-            return (None,) * count
-        out, m, l, *tensors = ctx.saved_tensors
-        args = (d_out, d_lse, d_weights, out, m, l, *tensors, *ctx.rest, ctx.needs_bias_grad, ctx.backend)
-        # A function nested in backward crashes Dynamo, and compiled graphs have no second derivative anyhow.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dq, dk, dv, d_bias = _Backward.apply(ctx.weights, *args)  # type: ignore[no-untyped-call]
-        else:
-            dq, dk, dv, d_bias = attention_backward(*args)
-        grads = (None, None, dq, dk, None if d_out is None else dv, d_bias if ctx.needs_bias_grad else None)
-        return (*grads, *(None,) * (count - len(grads)))
+        dq, dk, dv, d_bias = _gradients(ctx, d_out, d_lse, d_weights)
+        return None, None, dq, dk, dv, d_bias, *(None,) * (N_OPERANDS - 2)
+
+
+class _Eager(torch.autograd.Function):
+    """`_Attention` where neither a compiler nor a transform looks on: the two dozen inputs that those have to see
+    would cost more than the kernel of a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *_, x, weights, backend, want_lse, needs_bias_grad = args  # the first are x.q ... x.bias, for autograd to see
+        run = _attention_forward if _nobody_watches(x.q) else attention_forward
+        out, m, l, w = run(*x, weights, backend)
+        out = out.detach()  # a view returned from here could not be changed in place
+        _save(ctx, (out, m, l), x, weights, backend, needs_bias_grad)
+        if not want_lse and not weights:
+            return out
+        return out, reference.lse_of(m, l) if want_lse else None, w if weights else None
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Any, d_lse: Any = None, d_weights: Any = None) -> tuple[Any, ...]:
+        return *_gradients(ctx, d_out, d_lse, d_weights), None, None, None, None, None
+
+
+def _save(
+    ctx: Any, residuals: tuple[Tensor, ...], x: Operands, weights: str, backend: str, needs_bias_grad: bool
+) -> None:
+    ctx.save_for_backward(*residuals, *x[:N_TENSORS])
+    ctx.call = (x[N_TENSORS:], weights, backend, needs_bias_grad)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Any, d_lse: Any, d_weights: Any) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, d_bias) of a call that `_save` kept."""
+    if d_out is None and d_lse is None and d_weights is None:
+        return None, None, None, None
+    numbers, weights, backend, needs_bias_grad = ctx.call
+    saved = ctx.saved_tensors
+    args = (d_out, d_lse, d_weights, *saved, *numbers, needs_bias_grad, backend)
+    # A function nested in backward crashes Dynamo, and compiled graphs have no second derivative anyhow.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        dq, dk, dv, d_bias = _Backward.apply(weights, *args)  # type: ignore[no-untyped-call]
+    else:
+        run = _attention_backward if _nobody_watches(saved[0]) else attention_backward
+        dq, dk, dv, d_bias = run(*args)
+    return dq, dk, None if d_out is None else dv, d_bias if needs_bias_grad else None
 
 
 class _Backward(torch.autograd.Function):
@@ -262,7 +293,7 @@ class _SecondOrder(torch.autograd.Function):
 
 
 # The C++ `apply` without the Python one's inspect.signature, which costs more than the rest of a small call.
-_fast_attention: Any = super(torch.autograd.Function, _Attention).apply
+_eager: Any = super(torch.autograd.Function, _Eager).apply
 _fast_second_order: Any = super(torch.autograd.Function, _SecondOrder).apply
 
 
@@ -289,13 +320,12 @@ def attention(
             return out, None, w
         out, m, l, w = attention_forward(*x, weights, backend)
         return out, reference.lse_of(m, l) if want_lse else None, w if weights else None
-    apply = _fast_attention
     if torch.compiler.is_compiling():
-        apply = _Attention.apply
         x = _without_repeats(x)
-    elif functorch_active():
-        apply = _Attention.apply
-    out, lse, w, _, _ = apply(want_lse, bias_grad, *x, weights, backend)
+    elif not functorch_active():
+        found = _eager(*x[: _BIAS + 1], x, weights, backend, want_lse, bias_grad)
+        return found if want_lse or weights else (found, None, None)
+    out, lse, w, _, _ = _Attention.apply(want_lse, bias_grad, *x, weights, backend)  # type: ignore[no-untyped-call]
     return out, lse, w
 
 

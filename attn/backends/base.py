@@ -175,18 +175,6 @@ def _listed(words: object) -> str:
     return " or ".join(sorted(words))  # type: ignore[call-overload]
 
 
-def empty_out(x: Operands) -> Tensor:
-    """An output (B, Hq, L, Dv) whose memory is (B, L, Hq, Dv): what the output projection reads without a copy."""
-    B, H, L, _ = x.q.shape
-    return x.q.new_empty(B, L, H, x.v.shape[-1]).transpose(1, 2)
-
-
-def empty_like_rows(t: Tensor) -> Tensor:
-    """An uninitialised tensor of t's shape (B, H, L, D) laid out as (B, L, H, D)."""
-    B, H, L, D = t.shape
-    return t.new_empty(B, L, H, D).transpose(1, 2)
-
-
 def as_rows(t: Tensor) -> Tensor:
     """t (B, H, L, D) in the memory layout (B, L, H, D); a copy only where it has another."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
