@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attn import masks, ops, planner, reference
+from attn import masks, ops, planner, reference, rng
 from attn.backends.base import Backend
 from attn.masks import Mask
-from attn.operands import check_dropout, checked, spec_of
+from attn.operands import checked, spec_of
 from attn.planner import Explanation
 from attn.spec import UNBOUNDED, AttentionSpec, Operands
 
@@ -219,6 +219,8 @@ def run(
     """
     spec = spec_of(x, return_lse, weights)
     chosen = planner.choose(spec, backend, default)
+    if spec.dropout:
+        x = x._replace(rng=rng.draw(x.q.device))  # after all that may raise: a refused call draws nothing
     if key is not None:
         planner.remember(key, spec, chosen)
     return _execute(x, spec, chosen)
@@ -273,9 +275,7 @@ def explain(
     Nothing runs. Raises what `attention` raises for its arguments; a forced backend that cannot run the call raises
     nothing here: `.chosen` is None and its reason says why.
     """
-    check_dropout(dropout_p)
     if weights not in ("", "mean", "heads"):
         raise ValueError(f"weights is {weights!r}; use '', 'mean' or 'heads'")
-    x = checked(q, k, v, mask, bias, alibi_slopes, 0.0, scale, softcap)
-    spec = spec_of(x, return_lse, weights)._replace(dropout=dropout_p > 0)
-    return planner.explain_spec(spec, backend)
+    x = checked(q, k, v, mask, bias, alibi_slopes, dropout_p, scale, softcap)
+    return planner.explain_spec(spec_of(x, return_lse, weights), backend)

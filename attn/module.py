@@ -351,17 +351,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if wanted and self.masked_rows != "zero":
             checks.check_settings(None, self.masked_rows)
             mark = k.shape[2] > 0
-        out, lse, weights = attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            bias=bias,
-            dropout_p=p,
-            return_lse=mark,
-            weights=kind,
-            default_backend=self.backend,
-        )
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "dropout_p": p, "return_lse": mark, "weights": kind}
+        out, lse, weights = attend(q, k, v, **options, default_backend=self.backend)
         if log is not None and weights is not None:
             weights = log.take(weights, wanted)
         if mark and lse is not None and weights is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn import masks, rng
+from attn import masks
 from attn.masks import Mask
 from attn.spec import UNBOUNDED, AttentionSpec, Operands, arch_of
 
@@ -29,7 +29,7 @@ def checked(
     softcap: float | None = None,
     names: tuple[str, str, str] = QKV,
 ) -> Operands:
-    """The operands of a call on (B, H, L, D) tensors, q, k and v cast under autocast and the dropout seed drawn.
+    """The operands of a call on (B, H, L, D) tensors, q, k and v cast under autocast, the dropout seed not yet drawn.
 
     Raises TypeError for a wrong kind or dtype and ValueError for a wrong shape, device or number.
     """
@@ -48,25 +48,21 @@ def checked(
     check_dtype(q, k, v, names)
     scale = scale_of(scale, D)
     cap = 0.0 if softcap is None else softcap_of(softcap)
-    dropout = dropout_p != 0.0
-    if dropout:
+    if dropout_p != 0.0:
         check_dropout(dropout_p)
     if mask is None and bias is None and alibi_slopes is None:
-        seed = rng.draw(q.device) if dropout else None
-        return Operands(q, k, v, rng=seed, scale=scale, softcap=cap, dropout_p=dropout_p)
+        return Operands(q, k, v, scale=scale, softcap=cap, dropout_p=dropout_p)
     if bias is not None:
         bias = _four_dims("bias", bias, q, S, floating=True)
     if alibi_slopes is not None:
         alibi_slopes = slopes_of(alibi_slopes, B, H, q.device)
     x = Operands(q, k, v, bias, alibi_slopes=alibi_slopes, scale=scale, softcap=cap, dropout_p=dropout_p)
-    if mask is not None:
-        x = _with_mask(x, mask)
-    return x._replace(rng=rng.draw(q.device)) if dropout else x  # last: a refused call draws nothing
+    return x if mask is None else _with_mask(x, mask)
 
 
 def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
     """The static description of a call; every field an int, a bool or a string, nothing symbolic."""
-    q, k, v, bias, keep, slopes, key_lengths, query_lengths, ids_q, _, prefix, packed, _, seed, left, right, end, *_ = x
+    q, k, v, bias, keep, slopes, key_lengths, query_lengths, ids_q, _, prefix, packed, _, _, left, right, end, *_ = x
     bias_grad = bias is not None and bias.requires_grad
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad)
     if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
@@ -101,7 +97,7 @@ def spec_of(x: Operands, lse: bool = False, weights: str = "") -> AttentionSpec:
         slopes is not None,
         bool(x.softcap > 0),
         bool(x.scale > 0),
-        seed is not None,
+        bool(x.dropout_p > 0),
         False,
         lse,
         weights,

@@ -22,7 +22,6 @@ from attn.operands import (
     softcap_of,
     values_known,
 )
-from attn.rng import draw
 from attn.spec import UNBOUNDED, AttentionSpec, DecodeOperands, Operands
 
 
@@ -94,7 +93,6 @@ def varlen_attention(
         alibi_slopes=None if alibi_slopes is None else slopes_of(alibi_slopes, B, q.shape[1], q.device),
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
-        rng=None if dropout_p == 0.0 else draw(q.device),
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
         scale=scale_of(scale, q.shape[-1]),

@@ -106,8 +106,14 @@ def test_a_refused_call_leaves_no_trace(wrong: dict[str, Any]) -> None:
     with spy() as calls, pytest.raises((ValueError, TypeError)):
         attn.attention(*given, mask=MASK, **{"dropout_p": 0.5, **wrong})
     assert calls == []
-    if "backend" not in wrong:
-        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_backend_that_cannot_draws_no_seed() -> None:
+    given, before = qkv(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="does not do dropout"):
+        attn.attention(*given, dropout_p=0.5, backend="sdpa")
+    assert torch.equal(torch.get_rng_state(), before)
     assert planner.state.forced is None
 
 

@@ -1,5 +1,6 @@
 """The ops and the autograd function inside torch: opcheck, compile, export, transforms, higher derivatives."""
 
+import functools
 import io
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attn
@@ -310,6 +312,20 @@ def test_autocast_casts_query_key_value_only():
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     exact = attn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias=bias, return_lse=True)[1]
     assert torch.equal(lse, exact)
+
+
+@pytest.mark.parametrize("backend", [n for n in attn.available_backends() if n != "triton"])
+def test_an_output_may_be_changed_in_place_as_pytorchs(backend):
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    results = []
+    for call in (functools.partial(attn.scaled_dot_product_attention, backend=backend), F.scaled_dot_product_attention):
+        out = call(q, q, q)
+        shown = out * 2  # a function that does not need `out` for its gradient
+        out[..., 0] = 0
+        results.append(shown.detach())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    assert_close(*results)
 
 
 def test_the_seed_comes_from_torchs_generator():
