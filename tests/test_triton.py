@@ -136,6 +136,48 @@ def test_host_cost_of_a_cached_call() -> None:
     assert forward + backward < 70 * unit, done.stdout
 
 
+VARIANTS = """
+import torch
+from attn.benchmarks import compile_table
+from attn.spec import DecodeOperands, Operands
+from attn.triton_kernels import backward, decode, forward, passes
+
+KERNELS = (
+    forward.attn_forward, backward.attn_delta, backward.attn_backward_keys, backward.attn_backward_queries,
+    decode.attn_decode, decode.attn_combine,
+)
+
+def train(B, H, L, S, p, number):
+    q, k, v = (torch.zeros(B, n, H, 64, dtype=torch.bfloat16).transpose(1, 2) for n in (L, S, S))
+    seed = torch.zeros(2, dtype=torch.int64)
+    x = Operands(q, k, v, scale=number, softcap=number, left=int(number), right=0, rng=seed, dropout_p=p)
+    residuals = passes.forward(x)
+    passes.backward(x, residuals, torch.zeros_like(residuals[0]), None, None, False)
+
+def step(B, H, S):
+    cache = torch.zeros(B, 1, S, 64, dtype=torch.bfloat16)
+    lengths = torch.full((B,), S, dtype=torch.int32)
+    passes.decode(DecodeOperands(torch.zeros(B, H, 1, 64, dtype=torch.bfloat16), cache, cache, lengths, scale=0.1))
+
+with compile_table.offline("sm_90"):
+    train(2, 2, 256, 256, 0.1, 16.0)
+    train(1, 1, 17, 33, 0.5, 1.0)
+    train(16, 16, 1, 1, 0.999, 7.5)
+    train(3, 2, 32, 100, 0.3, 2.0)
+    step(2, 16, 4096)
+    step(2, 3, 4097)
+    step(2, 1, 16000)
+print([sum(len(found[0]) for found in kernel.device_caches.values()) for kernel in KERNELS])
+"""
+
+
+@needs_triton
+def test_new_sizes_and_numbers_compile_nothing() -> None:
+    done = python("-c", VARIANTS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == [1] * 6
+
+
 def test_old_gpus_are_refused_in_one_sentence() -> None:
     backend = TritonBackend()
     reason = backend.refuses(AttentionSpec(device="cuda", arch="sm_75", head_dim=64, value_dim=64))

@@ -13,9 +13,9 @@ from attn.spec import UNBOUNDED, Operands, arch_of
 
 from . import config
 from .launch import Entry
-from .tile import Dense, Flags, Mask, Numbers, Rows
+from .tile import Dense, Flags, Mask, Numbers, Rows, odd
 
-FAR = 1 << 30
+FAR = 1 << 29
 """A band side without limit."""
 
 plans: dict[Any, Any] = {}
@@ -81,8 +81,9 @@ def numbers_of(x: Operands, group: int, keys: int, padded: int = 0, share: float
         # All are dropped: one word in 2^32 passes the threshold that fits, and counts 0.
         inv_keep = 0.0 if bits >= 1 << 32 else 1.0 / (1.0 - x.dropout_p)
         bits = min(bits, (1 << 32) - 1)
-        bits -= (bits >> 31) << 32  # as int32: a larger int would change the argument's type
-    return Numbers(H, group, L, keys, padded, left, right, bits, x.scale, x.softcap, inv_keep, share)
+    halves = (odd(bits >> 16), odd(bits & 0xFFFF))
+    sizes = map(odd, (H, group, L, keys, padded, left, right))
+    return Numbers(*sizes, halves, x.scale, x.softcap, inv_keep, share)
 
 
 def key_of(name: str, x: Operands, tensors: tuple[Tensor, ...], *more: Any) -> tuple[Any, ...]:
@@ -118,7 +119,7 @@ def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Fla
     """Everything about a call that its kernels are compiled for; `more` are other tensors that they load rows of."""
     D, DV = q.shape[3], v.shape[3]
     common = math.gcd(D, DV, *(s for t in (q, k, v, *more) for s in t.stride()[:3])) & 15
-    plain = x.bias is None and x.alibi_slopes is None and x.softcap == 0
+    exact = q.dtype == torch.float32 or x.bias is not None
     return Flags(
         D,
         DV,
@@ -137,7 +138,8 @@ def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Fla
         SOFTCAP=x.softcap > 0,
         DROPOUT=x.rng is not None,
         ALIGN=common & -common or 1,  # its largest power of two; a multiple of 16 needs no help
-        FOLDED=plain and x.scale > 0,
+        EXACT=exact,
+        FOLDED=not exact and x.alibi_slopes is None and x.softcap == 0 and x.scale > 0,
         PRECISION="tf32" if q.dtype == torch.float32 and tf32() else "ieee",
     )
 

@@ -19,6 +19,7 @@ from .tile import (
     padded_offset,
     place,
     program,
+    received,
     row_offset,
     score_gradient,
     scores,
@@ -32,10 +33,11 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["blocks"])
 def attn_delta(out, d_out, d_lse, l_in, stats, mask, n, blocks, F: tl.constexpr, T: tl.constexpr):
     """delta = rowsum(out dO) - dlse and the r of `statistics`, padded with dead rows to 128: readers need no mask."""
     BM: tl.constexpr = T.rows
+    n = received(n)
     out, d_out = aligned(out, F), aligned(d_out, F)
     blk, h, b = program(blocks, n.heads, False)
     at = place(mask, n, b, F)
@@ -63,13 +65,13 @@ def load_statistics(stats, i, at, h, n, F: tl.constexpr):
     rows = padded_offset(n, at, h, F) + i
     r = tl.load(stats.r + rows)
     m = r
-    if F.BIAS:
+    if F.EXACT:
         m = tl.load(stats.m + row_offset(n, at, h) + i, mask=i < at.rows, other=0.0)
         m = tl.where(m == -INF, 0.0, m)
     return m, r, tl.load(stats.delta + rows)
 
 
-@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["blocks"])
 def attn_backward_keys(
     q, k, v, d_out, stats, to, mask, n, table, blocks, F: tl.constexpr, PART: tl.constexpr, T: tl.constexpr
 ):
@@ -79,6 +81,7 @@ def attn_backward_keys(
     to a float32 buffer by atomics, in no fixed order."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
     dq, dk, dv = to
     dk, dv = aligned(dk, F), aligned(dv, F)
@@ -166,13 +169,14 @@ def load_group(p, x, g, start, at, F: tl.constexpr, DIM: tl.constexpr, BLOCK: tl
         return load_rows(p + tl.cast(g, tl.int64) * x.head, x.row, start, at.rows, DIM, BLOCK, BD)
 
 
-@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["blocks"])
 def attn_backward_queries(
     q, k, v, d_out, stats, dq, mask, n, table, blocks, F: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr
 ):
     """dQ of one block of queries. With DELTA, instead, rowsum(P dW) of returned weights, added to delta in place."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
     dq = aligned(dq, F)
     blk, h, b = program(blocks, n.heads, F.BAND)
@@ -235,13 +239,14 @@ class Over(NamedTuple):
     col: bool
 
 
-@triton.jit(do_not_specialize=["n", "batches", "blocks"], do_not_specialize_on_alignment=["n", "batches", "blocks"])
+@triton.jit(do_not_specialize=["batches", "blocks"], do_not_specialize_on_alignment=["batches", "blocks"])
 def attn_backward_bias(
     q, k, v, d_out, stats, dx, mask, n, batches, blocks, F: tl.constexpr, OVER: tl.constexpr, T: tl.constexpr
 ):
     """The gradient of a bias: dS summed in a fixed order over the dimensions OVER. One program per block of the sum."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     q, k, v, d_out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(d_out, F)
     nb = batches if OVER.batch else 1
     nh = n.heads if OVER.head else 1

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, LN2, LOG2E, Place, aligned, clamp, online, scores, unit, zeros
+from .tile import INF, LN2, LOG2E, Place, aligned, clamp, even, online, received, scores, unit, zeros
 
 
 @triton.jit
@@ -18,14 +18,16 @@ def cache_rows(cache, table, b, hk, j, live, pages, page_size, slots, PAGED: tl.
         return head + b * cache.batch + j.to(tl.int64) * cache.row
 
 
-@triton.jit(do_not_specialize=["n", "sizes"], do_not_specialize_on_alignment=["n", "sizes"])
+@triton.jit
 def attn_decode(q, k, v, out, lse, parts, mask, n, sizes, F: tl.constexpr, PAGED: tl.constexpr, T: tl.constexpr):
     """One of `splits` parts of one sequence's keys for one key head. Row r of the tile is new token r // group of query
     head r % group: the whole group and all new tokens read the cache once. A single part writes the result itself."""
     BR: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     q, k, v, out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(out, F)
-    splits, blocks, pages, page_size, slots = sizes
+    splits, blocks = even(sizes[0]), even(sizes[1])
+    pages, page_size, slots = even(sizes[2]), even(sizes[3]), even(sizes[4])
     part_acc, part_m, part_l, table = parts
     pid = tl.program_id(0)
     part = pid % splits
@@ -78,9 +80,10 @@ def attn_decode(q, k, v, out, lse, parts, mask, n, sizes, F: tl.constexpr, PAGED
         tl.store(part_acc + at_part[:, None] * F.DV + dv[None, :], acc, mask=live[:, None] & (dv < F.DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=["n", "splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["splits"])
 def attn_combine(out, lse, part_acc, part_m, part_l, n, splits, F: tl.constexpr, SPLITS: tl.constexpr):
     """Adds the parts of one row; SPLITS is a power of two >= splits."""
+    n = received(n)
     row = tl.cast(tl.program_id(0), tl.int64)
     token, head, b = row % n.rows, row // n.rows % n.heads, row // n.rows // n.heads
     dv, part = tl.arange(0, F.BDV), tl.arange(0, SPLITS)

@@ -13,6 +13,7 @@ from .tile import (
     online,
     place,
     program,
+    received,
     row_offset,
     scores,
     span,
@@ -23,11 +24,12 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["blocks"])
 def attn_forward(q, k, v, out, m_out, l_out, mask, n, table, blocks, F: tl.constexpr, T: tl.constexpr):
     """out, and per row the maximum score m and the sum l of exp(s - m)."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     blk, h, b = program(blocks, n.heads, F.BAND)
     at = place(mask, n, b, F)
     q, k, v, out = aligned(q, F), aligned(k, F), aligned(v, F), aligned(out, F)

@@ -32,7 +32,7 @@ from .arguments import (
 from .backward import Over, Stats, attn_backward_bias, attn_backward_keys, attn_backward_queries, attn_delta
 from .decode import attn_combine, attn_decode
 from .forward import attn_forward
-from .tile import Flags
+from .tile import Flags, odd
 from .weights import attn_weights
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -136,7 +136,7 @@ class _BackwardPlan(_Plan):
         tiles = self.tiles
         tiles.flags = flags = tiles.flags._replace(D_WEIGHTS=d_weights is not None)
         over_keys, over_rows = tiles.streaming(k, v), tiles.streaming(q, d_out)
-        kept = {n: getattr(flags, n) for n in ("BIAS", "VARLEN", "QUERY_LENGTHS", "ALIGN")}
+        kept = {n: getattr(flags, n) for n in ("EXACT", "VARLEN", "QUERY_LENGTHS", "ALIGN")}
         self.delta, tile = tiles.entry("delta", attn_delta, Flags(0, flags.DV, 0, flags.BDV, **kept))
         self.delta_blocks = ceil(self.longest, 128) * 128 // tile.rows
         self.by_rows, self.by_keys = [], []
@@ -267,7 +267,7 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
     numbers = numbers_of(as_operands, group, capacity)
     blocks = ceil(group * L, tile.rows)
     table = None if x.block_table is None else x.block_table.contiguous()
-    sizes = (splits, blocks, pages, page_size, slots)
+    sizes = tuple(map(odd, (splits, blocks, pages, page_size, slots)))
     args = (view(q), view(k), view(v), view(out), lse, (*parts, table), mask_of(as_operands, None), numbers, sizes)
     plan.entry(splits * blocks * Hk * B, args, q.device.index)
     if splits > 1:

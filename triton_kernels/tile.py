@@ -54,18 +54,23 @@ class Mask(NamedTuple):
 class Numbers(NamedTuple):
     """What changes from call to call and is never worth a compiled variant."""
 
-    heads: int
-    group: int  # query heads per key head
-    rows: int
-    keys: int
-    padded: int  # rows of the statistics of one head
-    left: int
-    right: int
-    threshold: int  # int32 bits of the dropout threshold
-    scale: float
-    cap: float
-    inv_keep: float  # 1 / (1 - p)
-    share: float  # what one head's probability counts in the returned weights
+    heads: Any
+    group: Any  # query heads per key head
+    rows: Any
+    keys: Any
+    padded: Any  # rows of the statistics of one head
+    left: Any
+    right: Any
+    threshold: Any  # of dropout; passed as two halves of 16 bits
+    scale: Any
+    cap: Any
+    inv_keep: Any  # 1 / (1 - p)
+    share: Any  # what one head's probability counts in the returned weights
+
+
+def odd(x: Any) -> Any:
+    """How integers >= 0 are passed in tuples: Triton compiles a variant for each that is 1 or a multiple of 16."""
+    return 2 * x + 3
 
 
 class Flags(NamedTuple):
@@ -88,6 +93,7 @@ class Flags(NamedTuple):
     SOFTCAP: bool = False
     DROPOUT: bool = False
     D_WEIGHTS: bool = False
+    EXACT: bool = False  # float32, or a bias: see `exponent`
     FOLDED: bool = False  # the score is q.k times a positive scale, which the exponent applies
     TMA: bool = False
     ALIGN: int = 1  # what divides all strides, where Triton, which looks for 16 alone, does not see it
@@ -126,6 +132,33 @@ class Span(NamedTuple):
 def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
     """An accumulator. (Triton 3.6 takes no attribute of a constant in a shape, but an argument.)"""
     return tl.zeros([ROWS, COLS], tl.float32)
+
+
+@triton.jit
+def even(x):
+    """The inverse of `odd`."""
+    return (x - 3) >> 1
+
+
+@triton.jit
+def received(n):
+    """The numbers as they were before `odd`."""
+    high, low = n.threshold
+    threshold = (tl.cast(even(high), tl.uint32) << 16) | tl.cast(even(low), tl.uint32)
+    return Numbers(
+        heads=even(n.heads),
+        group=even(n.group),
+        rows=even(n.rows),
+        keys=even(n.keys),
+        padded=even(n.padded),
+        left=even(n.left),
+        right=even(n.right),
+        threshold=threshold,
+        scale=n.scale,
+        cap=n.cap,
+        inv_keep=n.inv_keep,
+        share=n.share,
+    )
 
 
 @triton.jit
@@ -293,9 +326,9 @@ def unit(n, F: tl.constexpr):
 
 @triton.jit
 def exponent(s, m, r, c, F: tl.constexpr):
-    """2^(c (s - m) - r). Without a bias `m` is folded into `r` beforehand: one multiply-add. With one, masks of
-    -finfo.max are possible, where m * c would be -inf."""
-    if F.BIAS:
+    """2^(c (s - m) - r). In 16 bits `m` is folded into `r` beforehand: one multiply-add. EXACT subtracts first: scores
+    near each other lose nothing, and a bias may hold masks of -finfo.max, where m * c would be -inf."""
+    if F.EXACT:
         return tl.math.exp2((s - m) * c - r)
     else:
         return tl.math.exp2(s * c - r)
@@ -307,7 +340,7 @@ def online(s, m, l, acc, c, F: tl.constexpr):
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == -INF, 0.0, top)
     r = tl.zeros_like(safe)
-    if not F.BIAS:
+    if not F.EXACT:
         r = safe * c
     p = exponent(s, safe[:, None], r[:, None], c, F)
     shrink = exponent(m, safe, r, c, F)
@@ -319,7 +352,7 @@ def statistics(m, l, F: tl.constexpr):
     """(m, r) such that `exponent` gives the probability; a dead row has r = inf and so P = 0."""
     r = tl.math.log2(tl.where(l == 0.0, 1.0, l))
     m = tl.where(m == -INF, 0.0, m)
-    if not F.BIAS:
+    if not F.EXACT:
         r += m * LOG2E
     return m, tl.where(l == 0.0, INF, r)
 
@@ -341,7 +374,7 @@ def kept(mask, n, at, h, i0, j0, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPO
         w00, w10, w01, w11 = tl.philox(seed, (i0 + y)[None, :], (j0 + x)[:, None], bh, offset, 7)
     else:
         w00, w01, w10, w11 = tl.philox(seed, (i0 + x)[:, None], (j0 + y)[None, :], bh, offset, 7)
-    t = tl.cast(n.threshold, tl.int32).to(tl.uint32, bitcast=True)
+    t = n.threshold
     both = tl.join(tl.join(w00 >= t, w10 >= t), tl.join(w01 >= t, w11 >= t))  # x, y, bit 3 of the row, of the column
     both = tl.reshape(both, [ROWS // 16, 8, COLS // 16, 8, 2, 2])
     return tl.reshape(tl.permute(both, [0, 4, 1, 2, 5, 3]), [ROWS, COLS])

@@ -12,6 +12,7 @@ from .tile import (
     matrix,
     place,
     program,
+    received,
     row_offset,
     scores,
     statistics,
@@ -20,11 +21,12 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "blocks"], do_not_specialize_on_alignment=["n", "blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["blocks"])
 def attn_weights(q, k, m_in, l_in, w, mask, n, blocks, F: tl.constexpr, AVERAGE: tl.constexpr, T: tl.constexpr):
     """w[b, h, i, j] = P after dropout; with AVERAGE its mean over heads, summed in a fixed order."""
     BM: tl.constexpr = T.rows
     BN: tl.constexpr = T.keys
+    n = received(n)
     q, k = aligned(q, F), aligned(k, F)
     blk, first, b = program(blocks, 1 if AVERAGE else n.heads, False)
     at = place(mask, n, b, F)
