@@ -12,8 +12,8 @@ from attn.rng import threshold
 from attn.spec import UNBOUNDED, Operands, arch_of
 
 from . import config
+from .call import Dense, Flags, Mask, Numbers, Rows, odd
 from .launch import Entry
-from .tile import Dense, Flags, Mask, Numbers, Rows, odd
 
 FAR = 1 << 29
 """A band side without limit."""
@@ -142,11 +142,6 @@ def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Fla
         FOLDED=not exact and x.alibi_slopes is None and x.softcap == 0 and x.scale > 0,
         PRECISION="tf32" if q.dtype == torch.float32 and tf32() else "ieee",
     )
-
-
-def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors take these: 16-byte aligned bases and strides."""
-    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors)
 
 
 def remember(key: Any, plan: Any) -> Any:

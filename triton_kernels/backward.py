@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .call import received
 from .tile import (
     INF,
     aligned,
@@ -19,7 +20,6 @@ from .tile import (
     padded_offset,
     place,
     program,
-    received,
     row_offset,
     score_gradient,
     scores,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, LN2, LOG2E, Place, aligned, clamp, even, online, received, scores, unit, zeros
+from .call import even, received
+from .tile import INF, LN2, LOG2E, Place, aligned, clamp, online, scores, unit, zeros
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .call import received
 from .tile import (
     INF,
     aligned,
@@ -13,7 +14,6 @@ from .tile import (
     online,
     place,
     program,
-    received,
     row_offset,
     scores,
     span,

@@ -30,9 +30,9 @@ from .arguments import (
     view,
 )
 from .backward import Over, Stats, attn_backward_bias, attn_backward_keys, attn_backward_queries, attn_delta
+from .call import Flags, odd
 from .decode import attn_combine, attn_decode
 from .forward import attn_forward
-from .tile import Flags, odd
 from .weights import attn_weights
 
 Forward = tuple[Tensor, Tensor, Tensor]

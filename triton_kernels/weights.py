@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .call import received
 from .tile import (
     INF,
     aligned,
@@ -12,7 +13,6 @@ from .tile import (
     matrix,
     place,
     program,
-    received,
     row_offset,
     scores,
     statistics,
