@@ -20,39 +20,48 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
+BUILT := $(VENV)/.built
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) attn/toolchain.py
 
 .PHONY: demo test full slow lint env clean
 
-demo: $(INSTALLED)
+demo: $(BUILT)
 	@$(BIN)/python -m attn demo
 
-test: $(INSTALLED)
+test: $(BUILT)
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-full: $(INSTALLED)
+full: $(BUILT)
 	@$(BIN)/pytest -m "slow or not slow" $(PYTEST_ARGS)
 
-slow: $(INSTALLED)
+slow: $(BUILT)
 	@$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 lint: $(DEV_INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
 
-env: $(INSTALLED)
+env: $(BUILT)
 
 $(INSTALLED): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "attn needs Python 3.10 or newer; %s is %d.%d. Cure: make PYTHON=python3.11 ..." % (sys.executable, v[0], v[1]))'
-	@echo "== 1/3 an environment in $(VENV)"
+	@echo "== 1/4 an environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "== 2/3 $(TORCH_SPEC) (several minutes where it has to be downloaded)"
+	@echo "== 2/4 $(TORCH_SPEC) (several minutes where it has to be downloaded)"
 	@$(BIN)/python -m pip install $(TORCH_SPEC)
-	@echo "== 3/3 this package, with what its tests and its demo need"
-	@$(BIN)/python -m pip install -q -e ".[test,bench]"
+	@echo "== 3/4 this package, with what its tests and its demo need"
+	@ATTN_CPP=0 $(BIN)/python -m pip install -q -e ".[test,bench]"
 	@touch $@
 
-$(DEV_INSTALLED): $(INSTALLED)
+# By itself, and not within pip, which would show nothing of it for its minutes.
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@echo "== 4/4 the C++ kernels (ATTN_CPP=0 leaves them out)"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(DEV_INSTALLED): $(BUILT)
 	@$(BIN)/python -m pip install -q -e ".[dev]"
 	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -f attn/_native_*.so attn/_build_info.py

@@ -54,12 +54,12 @@ namespace attn::stable {
 constexpr uint64_t kTorchAbi =
     (uint64_t(2) << 56) | (uint64_t(10) << 48);  // how arguments are passed: as torch 2.10 does
 
-// Becomes a RuntimeError in Python, with this text alone.
+// Becomes a ValueError in Python, with this text alone.
 template <class... A>
 [[noreturn]] void fail(const A&... words) {
   std::ostringstream text;
   (text << ... << words);
-  throw std::runtime_error(text.str());
+  throw std::invalid_argument(text.str());
 }
 
 template <class... A>
@@ -69,7 +69,7 @@ inline void require(bool holds, const A&... words) {
 
 // torch has already printed the reason where a call of its interface fails.
 inline void must(int32_t status) {
-  require(status == 0, "attn: a call into torch failed; its reason is printed above");
+  if (status != 0) throw std::runtime_error("attn: a call into torch failed; its reason is printed above");
 }
 
 constexpr int kMaxDims = 4;

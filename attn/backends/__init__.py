@@ -8,6 +8,7 @@ from attn.backends.base import Backend
 
 BACKENDS = {
     "triton": "attn.backends.triton:TritonBackend",
+    "cpu": "attn.backends.cpu:CpuBackend",
     "sdpa": "attn.backends.sdpa:SdpaBackend",
     "reference": "attn.backends.reference:ReferenceBackend",
 }

@@ -54,6 +54,7 @@ def facts() -> dict[str, Any]:
         "numpy": _imported("numpy", "pip install 'numpy>=1.26'")[1],
         "devices": devices,
         "toolchain": _toolchain(),
+        "cpu_library": _cpu_library(torch),
         **_backends(torch, about_torch, devices["gpus"]),
     }
 
@@ -129,13 +130,30 @@ def _gpu(torch: ModuleType, index: int) -> dict[str, Any]:
 
 
 def _toolchain() -> dict[str, str | None]:
-    """Compilers on the path with the line in which they name themselves; version 0.1 needs none of them."""
+    """Compilers on the path with the line in which they name themselves."""
     return {
         "nvcc": _says(["nvcc", "--version"], r"release .*"),
         "g++": _says(["g++", "--version"], r".+"),
         "clang++": _says(["clang++", "--version"], r".+"),
         "cl": _says(["cl"], r".*Version .*"),
     }
+
+
+def _cpu_library(torch: ModuleType | None) -> dict[str, Any]:
+    """The compiled library: how it was built, the instruction set it runs here, or why it is not here."""
+    try:
+        info = dict(importlib.import_module("attn._build_info").INFO)
+    except Exception as error:  # a source tree where nothing was built has no such file
+        info = {"cpu": False, "why_no_cpu": f"nothing was built ({_one_line(error)})"}
+    found = {"compiler": info.get("compiler"), "sets": info.get("sets"), "isa": None, "problem": None}
+    if torch is None:
+        return found | {"problem": info.get("why_no_cpu") or "torch does not load"}
+    try:
+        from attn import native
+
+        return found | {"isa": native.selected() or None, "problem": native.load()}
+    except Exception as error:
+        return found | {"problem": _one_line(error)}
 
 
 def _says(command: list[str], pattern: str) -> str | None:
@@ -224,7 +242,8 @@ def text(found: dict[str, Any]) -> str:
     tools = found["toolchain"]
     rows.append(("nvcc", tools["nvcc"] or "not found (not needed by this version)"))
     compilers = [f"{name}: {line}" for name, line in tools.items() if name != "nvcc" and line]
-    rows.append(("C++", "; ".join(compilers) or "no compiler found (not needed by this version)"))
+    rows.append(("C++", "; ".join(compilers) or "no compiler found (only a build of the C++ kernels needs one)"))
+    rows.append(("C++ kernels", _library_text(found["cpu_library"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     lines += ["", "Backends, in the order in which they are asked", _backends_text(found)]
@@ -239,6 +258,13 @@ def _package(about: dict[str, Any]) -> str:
     if about["problem"]:
         return f"{f'{version}, ' if version else ''}{about['problem']}. Cure: {about['cure']}"
     return str(version)
+
+
+def _library_text(about: dict[str, Any]) -> str:
+    if about["problem"]:
+        return str(about["problem"])
+    sets = ", ".join([*(about["sets"] or ()), "portable"])
+    return f"run on {about['isa']}; built by {about['compiler'] or 'an unknown compiler'} for {sets}"
 
 
 def _gpu_text(gpu: dict[str, Any]) -> str:

@@ -1,0 +1,137 @@
+"""The compiled library of the CPU kernels: loaded, its instruction set chosen, and its ops.
+
+The schemas stand here alone and exist on every install; the library only brings what runs behind them. The ops know
+no autograd and check every shape, dtype and index themselves: a bad one is a ValueError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SETS = ("avx512bf16", "avx512", "avx2", "neon", "portable")
+"""Instruction sets by the names that ATTN_CPU_ISA takes."""
+
+_OPERANDS = (  # the fields of `attn.spec.Operands`, in their order
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? keep, Tensor? alibi_slopes, Tensor? key_lengths, "
+    "Tensor? query_lengths, Tensor? ids_q, Tensor? ids_k, Tensor? prefix, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? rng, int left, int right, bool end, int max_seqlen_q, int max_seqlen_k, float scale, float softcap, "
+    "float dropout_p"
+)
+_PLAIN = "Tensor q, Tensor k, Tensor v, int left, int right, bool end, float scale, float softcap"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+_SCHEMAS = (
+    # weights: 0 none, 1 averaged over the heads, 2 per head. out, m, l, weights; None for what is not asked for.
+    f"forward({_OPERANDS}, int weights, bool residuals) -> {_FOUR}",
+    f"weights(Tensor m, Tensor l, {_OPERANDS}, bool average) -> Tensor",
+    "backward(Tensor d_out, Tensor? d_lse, Tensor? d_weights, Tensor out, Tensor m, Tensor l, "
+    f"{_OPERANDS}, bool bias_grad) -> {_FOUR}",
+    "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? alibi_slopes, "
+    "int left, int right, float scale, float softcap) -> (Tensor, Tensor)",
+    # The same for calls of three tensors: every argument more costs time that small calls do not have.
+    f"plain({_PLAIN}, int weights, bool residuals) -> {_FOUR}",
+    f"plain_backward(Tensor d_out, Tensor out, Tensor m, Tensor l, {_PLAIN}) -> {_FOUR}",
+)
+
+_library = torch.library.Library("attn_cpu", "DEF")  # type: ignore[no-untyped-call]
+for _schema in _SCHEMAS:
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+
+
+def _op(name: str) -> Any:
+    """The op as cheaply as it can be called: without the Python method around it, where this torch has one."""
+    op = getattr(torch.ops.attn_cpu, name).default
+    return getattr(op, "_op", op)
+
+
+forward, weights, backward, decode, plain, plain_backward = map(
+    _op, ("forward", "weights", "backward", "decode", "plain", "plain_backward")
+)
+
+
+def path() -> Path:
+    """Where the library is, if it was built."""
+    return Path(__file__).with_name("_native_cpu" + (".dll" if sys.platform == "win32" else ".so"))
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down about itself; empty in a source tree where nothing was built."""
+    try:
+        info: dict[str, Any] = importlib.import_module("attn._build_info").INFO
+    except ImportError:
+        return {}
+    return info
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the library once and select the instruction set; one sentence with the cure where that is not possible."""
+    if not path().is_file():
+        why = build_info().get("why_no_cpu") or "this source tree has not been built"
+        return f"its library is not here: {why}; with a C++ compiler, pip install -e . in the source tree builds it"
+    try:
+        library = _open()
+    except OSError as error:
+        return f"its library does not load ({error}); pip install --force-reinstall attn-kernels builds it anew"
+    wish = os.environ.get("ATTN_CPU_ISA") or None
+    if library.attn_cpu_select(_name(wish)) is None:
+        return f"ATTN_CPU_ISA is {wish!r}, and this CPU or build runs only {', '.join(usable())}; unset it"
+    return None
+
+
+@functools.cache
+def _open() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path()))  # its ops are registered as it is loaded
+    library.attn_cpu_select.argtypes, library.attn_cpu_select.restype = [ctypes.c_char_p], ctypes.c_char_p
+    library.attn_cpu_selected.argtypes, library.attn_cpu_selected.restype = [], ctypes.c_char_p
+    library.attn_cpu_poison.argtypes, library.attn_cpu_poison.restype = [ctypes.c_int], None
+    return library
+
+
+def _name(isa: str | None) -> bytes | None:
+    return None if isa is None else isa.encode()
+
+
+def selected() -> str:
+    """The instruction set in use; "" where the library is not loaded."""
+    if load() is not None:
+        return ""
+    return bytes(_open().attn_cpu_selected()).decode()
+
+
+def usable() -> tuple[str, ...]:
+    """The instruction sets that this build has and this CPU runs."""
+    if not path().is_file():
+        return ()
+    before = _open().attn_cpu_selected()
+    found = tuple(name for name in SETS if _open().attn_cpu_select(_name(name)) is not None)
+    if before is not None:
+        _open().attn_cpu_select(before)
+    return found
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Another instruction set inside the block, in the whole process. Raises ValueError where it cannot run here."""
+    before = selected()
+    if load() is not None or _open().attn_cpu_select(_name(name)) is None:
+        raise ValueError(f"instruction set {name!r} cannot run here; usable: {', '.join(usable()) or 'none'}")
+    try:
+        yield
+    finally:
+        _open().attn_cpu_select(_name(before))
+
+
+def poison(on: bool) -> None:
+    """Whether new outputs start as NaN, so that a test sees what a kernel does not write."""
+    if load() is None:
+        _open().attn_cpu_poison(int(on))
