@@ -112,7 +112,7 @@ WRONG = [
     ({"bias": torch.ones(5, 5)}, "bias must have 4 dims"),
     ({"bias": torch.ones(1, 1, 5, 5, dtype=torch.int64)}, "bias must be float32"),
     ({"alibi_slopes": torch.ones(4)}, r"alibi_slopes must have shape \(2, 4\)"),
-    ({"dropout_p": 0.5}, "rng must be given"),
+    ({"dropout_p": 0.5, "key_lengths": int32(5, 5)}, "rng must be given"),
     ({"k": torch.randn(2, 3, 5, 8)}, "k and v must agree|multiple"),
     ({"k": torch.randn(2, 4, 5, 9)}, "share a head_dim"),
     ({"v": torch.randn(2, 4, 5, 8).double()}, "v must have the dtype of q"),
