@@ -96,8 +96,8 @@ def padding(lengths: Tensor, query_lengths: Tensor | None = None) -> Mask:
     _integer("padding", "lengths", lengths, 1)
     if query_lengths is not None:
         _integer("padding", "query_lengths", query_lengths, 1)
-        query_lengths = query_lengths.to(torch.int32)
-    return Mask(key_lengths=lengths.to(torch.int32), query_lengths=query_lengths)
+        query_lengths = _int32(query_lengths)
+    return Mask(key_lengths=_int32(lengths), query_lengths=query_lengths)
 
 
 def documents(ids: Tensor | tuple[Tensor, Tensor]) -> Mask:
@@ -113,9 +113,9 @@ def prefix_lm(n: int | Tensor, window: tuple[int | None, int | None] | None = No
     left, right = (None, 0) if window is None else window
     if isinstance(n, Tensor):
         _integer("prefix_lm", "n", n, 1)
-        prefix = n.to(torch.int32)
+        prefix = _int32(n)
     elif isinstance(n, int) and not isinstance(n, bool) and n >= 0:
-        prefix = torch.full((1,), n, dtype=torch.int32)
+        prefix = torch.full((1,), min(n, _MOST), dtype=torch.int32)
     else:
         raise ValueError(f"prefix_lm(): n is {n!r}; give an int >= 0 or an integer tensor of shape (B,)")
     return Mask(band=_band(left, right, anchor), prefix=prefix)
@@ -156,6 +156,14 @@ def _integer(where: str, name: str, t: Tensor, dims: int) -> None:
         raise TypeError(f"{where}(): {name} is {t.dtype}; give an integer tensor of shape {shape}")
     if t.dim() != dims:
         raise ValueError(f"{where}(): {name} has shape {tuple(t.shape)}; it must be {shape}")
+
+
+_MOST = 2**31 - 1
+
+
+def _int32(t: Tensor) -> Tensor:
+    """What does not fit becomes the nearest number that does: as far outside every length as before."""
+    return t.clamp(-_MOST, _MOST).to(torch.int32) if t.dtype == torch.int64 else t.to(torch.int32)
 
 
 def _minimum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

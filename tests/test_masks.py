@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import attn
 from attn import masks
 from attn.masks import EMPTY, FULL, PARTIAL, Mask
 from attn.operands import checked
 from attn.spec import Operands
+from attn.testing import assert_close
 
 B, H, L, S = 2, 2, 5, 7
 SIDES = (None, 0, 1, 3, 8)
@@ -261,3 +263,17 @@ def test_bad_input(make: Callable[[], object], error: type[Exception], words: st
 def test_repr_names_the_parts() -> None:
     mask = masks.causal() & masks.padding(torch.tensor([1, 2])) & masks.causal("end")
     assert repr(mask) == "Mask(band(None, 0, 'start') & key_lengths(2,) & Mask(band(None, 0, 'end')))"
+
+
+@pytest.mark.parametrize("length", [2**32 + 3, -(2**32) + 3, 2**62])
+def test_lengths_beyond_32_bits_are_not_taken_for_others(length: int) -> None:
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"lengths\[0\]"):
+        attn.attention(q, q, q, mask=masks.padding(torch.tensor([length])))
+
+
+def test_a_prefix_beyond_32_bits_is_seen_by_everyone() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    everyone = attn.attention(q, q, q)
+    for n in (2**40, torch.tensor([2**40])):
+        assert_close(attn.attention(q, q, q, mask=masks.prefix_lm(n)), everyone)
