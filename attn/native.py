@@ -72,6 +72,19 @@ def build_info() -> dict[str, Any]:
     return info
 
 
+isa = ""
+"""The instruction set in use; "" where the library is not loaded. Written here alone."""
+
+
+def _select(name: str | None) -> bool:
+    global isa
+    found = _open().attn_cpu_select(None if name is None else name.encode())
+    if found is None:
+        return False
+    isa = bytes(found).decode()
+    return True
+
+
 @functools.cache
 def load() -> str | None:
     """Load the library once and select the instruction set; one sentence with the cure where that is not possible."""
@@ -79,11 +92,11 @@ def load() -> str | None:
         why = build_info().get("why_no_cpu") or "this source tree has not been built"
         return f"its library is not here: {why}; with a C++ compiler, pip install -e . in the source tree builds it"
     try:
-        library = _open()
+        _open()
     except OSError as error:
         return f"its library does not load ({error}); pip install --force-reinstall attn-kernels builds it anew"
     wish = os.environ.get("ATTN_CPU_ISA") or None
-    if library.attn_cpu_select(_name(wish)) is None:
+    if not _select(wish):
         return f"ATTN_CPU_ISA is {wish!r}, and this CPU or build runs only {', '.join(usable())}; unset it"
     return None
 
@@ -92,43 +105,30 @@ def load() -> str | None:
 def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path()))  # its ops are registered as it is loaded
     library.attn_cpu_select.argtypes, library.attn_cpu_select.restype = [ctypes.c_char_p], ctypes.c_char_p
-    library.attn_cpu_selected.argtypes, library.attn_cpu_selected.restype = [], ctypes.c_char_p
     library.attn_cpu_poison.argtypes, library.attn_cpu_poison.restype = [ctypes.c_int], None
     return library
-
-
-def _name(isa: str | None) -> bytes | None:
-    return None if isa is None else isa.encode()
-
-
-def selected() -> str:
-    """The instruction set in use; "" where the library is not loaded."""
-    if load() is not None:
-        return ""
-    return bytes(_open().attn_cpu_selected()).decode()
 
 
 def usable() -> tuple[str, ...]:
     """The instruction sets that this build has and this CPU runs."""
     if not path().is_file():
         return ()
-    before = _open().attn_cpu_selected()
-    found = tuple(name for name in SETS if _open().attn_cpu_select(_name(name)) is not None)
-    if before is not None:
-        _open().attn_cpu_select(before)
+    before = isa
+    found = tuple(name for name in SETS if _select(name))
+    _select(before or None)
     return found
 
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Another instruction set inside the block, in the whole process. Raises ValueError where it cannot run here."""
-    before = selected()
-    if load() is not None or _open().attn_cpu_select(_name(name)) is None:
+    before = isa
+    if load() is not None or not _select(name):
         raise ValueError(f"instruction set {name!r} cannot run here; usable: {', '.join(usable()) or 'none'}")
     try:
         yield
     finally:
-        _open().attn_cpu_select(_name(before))
+        _select(before)
 
 
 def poison(on: bool) -> None:

@@ -38,7 +38,7 @@ def int32(*values: int) -> Tensor:
 def test_random_cases_on_every_instruction_set(isa: str, part: int) -> None:
     drawn = cases(90, 61, ops=("attention", "varlen", "decode"), sizes=(1, 3, 8, 17, 33, 63, 64, 65))
     with native.use_isa(isa):
-        assert native.selected() == isa
+        assert native.isa == isa
         for case in drawn[part::3]:
             assert_case(case, "cpu")
 
@@ -195,7 +195,7 @@ def test_wrong_instruction_sets_are_named() -> None:
 
 @loaded
 def test_the_instruction_set_is_forced_by_the_environment() -> None:
-    code = "from attn import native; print(native.load(), native.selected())"
+    code = "from attn import native; print(native.load(), native.isa)"
     env = os.environ | {"PYTHONPATH": str(Path(attn.__file__).parent.parent), "ATTN_CPU_ISA": "portable"}
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert said.split() == ["None", "portable"]

@@ -7,7 +7,7 @@ import torch
 
 import attn
 from attn import backends, planner
-from attn.backends import proven, sdpa
+from attn.backends import load, proven, sdpa
 from attn.backends.base import Backend, Capability
 from attn.spec import AttentionSpec
 from attn.testing import spy
@@ -39,13 +39,23 @@ def qkv(**options):
     return [torch.randn(1, 2, 3, 8, **options) for _ in range(3)]
 
 
+@pytest.fixture
+def no_library(monkeypatch):
+    """As if nothing had been compiled."""
+    monkeypatch.setattr(load("cpu"), "missing", "its library is not here")
+    planner.forget()
+    yield
+    planner.forget()
+
+
 def test_names_are_in_the_order_asked():
-    assert planner.names()[-2:] == ("sdpa", "reference")
+    assert planner.names()[-3:] == ("cpu", "sdpa", "reference")
     assert set(attn.available_backends()) <= set(planner.names())
     assert {"sdpa", "reference"} <= set(attn.available_backends())
 
 
-def test_plain_calls_go_to_sdpa_and_the_rest_to_the_reference():
+@pytest.mark.usefixtures("no_library")
+def test_without_a_library_plain_calls_go_to_sdpa_and_the_rest_to_the_reference():
     q, k, v = qkv()
     with spy() as calls:
         attn.attention(q, k, v)
@@ -53,6 +63,7 @@ def test_plain_calls_go_to_sdpa_and_the_rest_to_the_reference():
     assert calls == [("sdpa", "call"), ("reference", "forward")]
 
 
+@pytest.mark.usefixtures("no_library")
 def test_precedence_call_then_context_then_module_then_planner():
     q, k, v = qkv()
     module = attn.MultiheadAttention(16, 2, backend="reference").eval()
@@ -98,6 +109,7 @@ def test_a_known_plain_call_is_not_served_by_an_outdated_plan():
         attn.attention(q, k.double(), v)
 
 
+@pytest.mark.usefixtures("no_library")
 def test_explain_names_every_backend_with_a_sentence():
     found = attn.explain(*qkv(), softcap=3.0)
     assert found.chosen == "reference"

@@ -39,10 +39,9 @@ class CpuBackend(Backend):
         """Where it was measured to be the slower one."""
         if spec.op != "attention" or spec.dropout or spec.softcap or spec.lse or spec.weights:
             return None  # sdpa has no such calls
-        isa = native.selected()
         for what in ("forward", "backward") if spec.grad else ("forward",):
-            if (isa, spec.dtype, what) in SLOWER:
-                words = f"{str(spec.dtype).removeprefix('torch.')} {what} on {isa}"
+            if (native.isa, spec.dtype, what) in SLOWER:
+                words = f"{str(spec.dtype).removeprefix('torch.')} {what} on {native.isa}"
                 return f"is slower than PyTorch's own in {words}; backend='cpu' runs it all the same"
         return None
 

@@ -151,7 +151,8 @@ def _cpu_library(torch: ModuleType | None) -> dict[str, Any]:
     try:
         from attn import native
 
-        return found | {"isa": native.selected() or None, "problem": native.load()}
+        problem = native.load()
+        return found | {"isa": native.isa or None, "problem": problem}
     except Exception as error:
         return found | {"problem": _one_line(error)}
 

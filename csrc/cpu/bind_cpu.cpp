@@ -301,11 +301,5 @@ ATTN_EXPORT const char* attn_cpu_select(const char* isa) {
   return found->isa;
 }
 
-// Null before the first selection.
-ATTN_EXPORT const char* attn_cpu_selected() {
-  const attn::cpu::Kernels* set = attn::cpu::selected.load(std::memory_order_relaxed);
-  return set == nullptr ? nullptr : set->isa;
-}
-
 // Whether new outputs are filled with NaN before a kernel writes them: for tests.
 ATTN_EXPORT void attn_cpu_poison(int on) { attn::cpu::poisoned.store(on != 0, std::memory_order_relaxed); }

@@ -1,0 +1,95 @@
+"""The compiled library under the address and undefined-behaviour sanitizers, on every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn import toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = toolchain.find_compiler()
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+PLANTED = """
+#include <cstdint>
+extern "C" __attribute__((visibility("default"))) int attn_cpu_planted(int which) {
+  volatile int n = which ? 3 : INT32_MAX;
+  if (!which) return n + 1;
+  int* three = new int[3]{};
+  const int beyond = three[n];
+  delete[] three;
+  return beyond;
+}
+"""
+RUN = """
+from attn import native
+from attn.testing import assert_case, cases
+assert native.load() is None, native.load()
+drawn = cases(80, 83, ops=("attention", "varlen", "decode"), sizes=(1, 2, 3, 17, 33, 63, 65))
+drawn += cases(6, 89, ops=("attention", "varlen", "decode"), sizes=(130, 257))
+for isa in native.usable():
+    with native.use_isa(isa):
+        for case in drawn:
+            assert_case(case, "cpu")
+print(len(drawn), "cases on", *native.usable())
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux")
+        or COMPILER is None
+        or COMPILER.kind != "gcc"
+        or not (ROOT / "setup.py").is_file(),
+        reason="needs Linux, gcc and the source tree",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, built with the sanitizers and with two planted faults that prove them at work."""
+    copy = tmp_path_factory.mktemp("sanitized") / "tree"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out", "*.so")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    (copy / "csrc" / "cpu" / "planted.cpp").write_text(PLANTED)
+    env = os.environ | {"CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined", "ATTN_CPP": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return copy
+
+
+def run(code: str, tree: Path) -> subprocess.CompletedProcess[str]:
+    assert COMPILER is not None
+    libraries = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):  # Python itself was built without them
+        found = subprocess.run([*COMPILER.command, f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        libraries.append(found.strip())
+    env = os.environ | {
+        "PYTHONPATH": str(tree),
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they have to the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("which", "report"), [(0, "signed integer overflow"), (1, "heap-buffer-overflow")])
+def test_the_sanitizers_are_at_work(which: int, report: str, sanitized: Path) -> None:
+    code = f"import ctypes; from attn import native; ctypes.CDLL(str(native.path())).attn_cpu_planted({which})"
+    done = run(code, sanitized)
+    assert done.returncode != 0
+    assert report in done.stderr
+
+
+def test_cases_of_every_kind_are_clean(sanitized: Path) -> None:
+    done = run(RUN, sanitized)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert "cases on" in done.stdout
