@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -27,12 +28,13 @@ from attn.spec import DecodeOperands, Operands
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEAD_DIMS = (32, 64, 100, 128, 192, 256)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
 RESULTS = Path(__file__).parent / "results" / "triton-compile.json"
 
 
 class Row(NamedTuple):
-    """What one compiled kernel needs. `spills` are bytes of stack (NVIDIA) or spilled registers (AMD)."""
+    """What one compiled kernel needs. `spills` are bytes of stack (NVIDIA) or spilled registers (AMD); `dots` are the
+    matrix products of the source and what became of them, `products` matrix instructions in the machine code."""
 
     arch: str
     kernel: str
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     spills: int
     shared: int
     fits: bool
+    dots: dict[str, int]
     products: dict[str, int]
     exponentials: int
 
@@ -159,29 +162,30 @@ def offline(arch: str) -> Iterator[_Driver]:
         driver._active = active
 
 
-def compiled(arch: str, dtype: torch.dtype, head_dim: int, features: str, passes: tuple[str, ...]) -> list[Row]:
+def compiled(arch: str, dtype: str, head_dim: int, features: str, passes: tuple[str, ...]) -> list[Row]:
     """Compile the kernels of these passes ("forward", "backward", "weights", "decode") and read them."""
     from attn.triton_kernels import arguments, launch
     from attn.triton_kernels import passes as run
 
-    x = operands(dtype, head_dim, features)
-    with offline(arch), launch.observed() as entries:
+    held = getattr(torch, "float32" if dtype == "tf32" else dtype)
+    x = operands(held, head_dim, features)
+    tf32 = mock.patch.object(arguments, "tf32", return_value=dtype == "tf32")
+    with offline(arch), tf32, launch.observed() as entries:
         out, m, l = torch.zeros_like(x.q), *torch.zeros(2, *x.q.shape[:3])
         if "forward" in passes:
             run.forward(x)
         if "backward" in passes:
-            d_weights = torch.zeros(2, 256, 256, dtype=dtype) if "weights" in features.split() else None
+            d_weights = torch.zeros(2, 256, 256, dtype=held) if "weights" in features.split() else None
             run.backward(x, (out, m, l), torch.zeros_like(x.q), None, d_weights, x.bias is not None)
         if "weights" in passes:
             run.weights(x, m, l, True)
         if "decode" in passes:
-            cache = torch.zeros(2, 2, 4096, head_dim, dtype=dtype)
+            cache = torch.zeros(2, 2, 4096, head_dim, dtype=held)
             lengths = torch.full((2,), 4096, dtype=torch.int32)
-            q = torch.zeros(2, 16, 1, head_dim, dtype=dtype)
+            q = torch.zeros(2, 16, 1, head_dim, dtype=held)
             run.decode(DecodeOperands(q, cache, cache, lengths, scale=head_dim**-0.5))
         arguments.plans.clear()
-    name = str(dtype).removeprefix("torch.")
-    return [_read(entry, arch, name, head_dim, features) for entry in entries]
+    return [_read(entry, arch, dtype, head_dim, features) for entry in entries]
 
 
 def _read(entry: Any, arch: str, dtype: str, head_dim: int, features: str) -> Row:
@@ -201,7 +205,16 @@ def _read(entry: Any, arch: str, dtype: str, head_dim: int, features: str) -> Ro
     shared = kernel.metadata.shared
     numbers = _read_amd(kernel) if arch.startswith("gfx") else _read_nvidia(kernel)
     fits = shared <= config.SHARED[arch]
-    return Row(arch, name, dtype, head_dim, features, words, *numbers[:2], shared, fits, *numbers[2:])
+    return Row(arch, name, dtype, head_dim, features, words, *numbers[:2], shared, fits, _dots(kernel), *numbers[2:])
+
+
+def _dots(kernel: Any) -> dict[str, int]:
+    """How many matrix products the source has, and how many became which operation; "fma" are without tensor cores."""
+    found = {"source": len(re.findall(r"\btt\.dot ", kernel.asm["ttir"]))}
+    for dot in re.finditer(r"\btt\.dot .*#(\w+)> loc|\bttng\.(warp_group_dot|tc_gen5_mma) ", kernel.asm["ttgir"]):
+        name = dot[2] or ("fma" if dot[1].startswith("blocked") else "mma")
+        found[name] = found.get(name, 0) + 1
+    return found
 
 
 def _read_nvidia(kernel: Any) -> tuple[int, int, dict[str, int], int]:
@@ -246,24 +259,25 @@ def _read_amd(kernel: Any) -> tuple[int, int, dict[str, int], int]:
 ALL = ("forward", "backward", "weights", "decode")
 TRAIN = ALL[:2]
 
-Job = tuple[str, torch.dtype, int, str, tuple[str, ...]]
+Job = tuple[str, str, int, str, tuple[str, ...]]
 
 
 def jobs(quick: bool = False) -> list[Job]:
     """(arch, dtype, head_dim, features, passes) of the table; the quick ones are what every push compiles."""
-    bf16 = torch.bfloat16
+    bf16 = "bfloat16"
     if quick:
         wanted: list[Job] = [("sm_90", bf16, 128, f, TRAIN) for f in COMMON[1:3]]
         wanted += [(arch, bf16, 64, "causal", TRAIN) for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")]
-        wanted += [("sm_90", torch.float16, 64, "causal lengths", ("forward",)), ("sm_90", bf16, 64, "none", ALL[2:])]
-        return [*wanted, ("sm_80", torch.float32, 64, "causal", ("forward",))]
+        wanted += [("sm_90", "float16", 64, "causal lengths", ("forward",)), ("sm_90", bf16, 64, "none", ALL[2:])]
+        return [*wanted, *(("sm_80", dtype, 64, "causal", ("forward",)) for dtype in ("float32", "tf32"))]
     three = ("sm_90", "sm_80", "sm_100")
-    wanted = [(arch, bf16, d, "causal", ALL) for d in (64, 128) for arch in ARCHS]
-    wanted += [(a, bf16, d, f, TRAIN) for d in (64, 128, 100, 32) for a in three for f in COMMON if f != "causal"]
-    wanted += [(arch, bf16, d, "causal", TRAIN) for d in (256, 100, 32, 192) for arch in ARCHS]
-    wanted += [("sm_90", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
-    wanted += [(arch, d, n, "causal", TRAIN) for d in DTYPES[1:] for n in (64, 128, 256) for arch in ARCHS]
-    wanted += [("sm_80", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
+    dims = (64, 128, 100, 256, 32, 192)
+    wanted = [(a, bf16, d, f, TRAIN) for d in (64, 128, 100, 32) for a in three for f in COMMON if f != "causal"]
+    wanted += [(arch, bf16, d, "causal", ALL) for d in dims for arch in ARCHS]
+    wanted += [(arch, "tf32", d, "causal", TRAIN) for d in (64, 128) for arch in ARCHS]
+    wanted += [(arch, dtype, d, "causal", ALL) for d in (64, 128, 256) for dtype in DTYPES[1:3] for arch in ARCHS]
+    wanted += [(a, bf16, d, f, TRAIN) for a in ("sm_90", "sm_80") for d in (128, 64) for f in HEAVY_SETS]
+    wanted += [(arch, dtype, d, "causal", ALL) for d in (100, 32, 192) for dtype in DTYPES[1:3] for arch in ARCHS]
     return wanted
 
 
@@ -272,7 +286,7 @@ def gated(row: Row) -> bool:
     return (
         row.arch in ("sm_80", "sm_90", "sm_100")
         and row.head_dim <= 128
-        and row.dtype != "float32"
+        and row.dtype in ("bfloat16", "float16")
         and row.features in COMMON
         and row.kernel in ("forward", "delta", "queries", "keys")
     )
@@ -285,11 +299,11 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.shared} bytes of shared memory do not fit")
     if row.spills and gated(row):
         found.append(f"{row.spills} bytes of spills")
-    products = row.kernel not in ("delta", "combine") and row.dtype != "float32"
-    if products and not row.products:
-        found.append("no matrix instructions")
-    if products and row.arch == "sm_90" and row.kernel != "decode" and "HMMA" in row.products:
-        found.append("a product without wgmma")
+    if row.dtype != "float32" and ("fma" in row.dots or (row.dots["source"] and not row.products)):
+        found.append("a product without tensor cores")
+    wgmma = row.arch == "sm_90" and row.dtype in ("bfloat16", "float16") and row.kernel != "decode"
+    if wgmma and row.dots.get("warp_group_dot", 0) < row.dots["source"]:
+        found.append(f"a product without wgmma: {row.dots}")
     return [f"{row.key} ({row.tile}): {what}" for what in found]
 
 
@@ -330,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     done = {" ".join(key.split()[:1] + key.split()[2:]) for key in committed} if writing else set()
     wrong: list[str] = []
     for arch, dtype, head_dim, features, passes in jobs(args.quick):
-        line = f"{arch} {str(dtype).removeprefix('torch.')} {head_dim} {features}"
+        line = f"{arch} {dtype} {head_dim} {features}"
         if line in done or not set(args.check.split()) <= set(line.split()):
             continue
         for row in compiled(arch, dtype, head_dim, features, passes):

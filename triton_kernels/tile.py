@@ -161,7 +161,8 @@ def touches(i0, j0, at, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def hide(s, i, j, at, mask, n, F: tl.constexpr):
     """-inf where band, lengths or documents hide."""
-    ok = j < at.keys
+    # Unsigned: a signed comparison is rewritten to one of values kept in registers for the whole loop.
+    ok = tl.cast(j, tl.uint32) < tl.cast(at.keys, tl.uint32)
     if F.BAND:
         near = (j >= i + at.lo) & (j <= i + at.hi)
         if F.PREFIX:
