@@ -21,7 +21,7 @@ PLANTED = """
 extern "C" __attribute__((visibility("default"))) int attn_cpu_planted(int which) {
   volatile int n = which ? 3 : INT32_MAX;
   if (!which) return n + 1;
-  int* three = new int[3]{};
+  int* volatile three = new int[3]{};  // volatile: the compiler is not to know its size
   const int beyond = three[n];
   delete[] three;
   return beyond;

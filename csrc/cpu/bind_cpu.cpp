@@ -45,15 +45,15 @@ const Kernels& active() {
   return *set;
 }
 
+void fill(const Tensor& t, int byte, Dtype dtype) {
+  if (t.numel() > 0) std::memset(t.data(), byte, t.numel() * bytes(dtype));
+}
+
 // Bytes that read as NaN in every float type, where tests ask for it: what a kernel forgets to write then
 // shows.
 Tensor fresh(Tensor t, Dtype dtype) {
-  if (poisoned.load(std::memory_order_relaxed)) std::memset(t.data(), 0xff, t.numel() * bytes(dtype));
+  if (poisoned.load(std::memory_order_relaxed)) fill(t, 0xff, dtype);
   return t;
-}
-
-void zero(const Tensor& t, Dtype dtype) {
-  if (t) std::memset(t.data(), 0, t.numel() * bytes(dtype));
 }
 
 Rows rows_at(const Tensor& t) { return {t.data(), t.stride(0), t.stride(1), t.stride(2)}; }
@@ -150,8 +150,8 @@ void backward_into(uint64_t* s, Call& c, Incoming& in, bool bias_grad) {
   if (p.B * p.Hq * p.L * p.S > 0) {
     active().backward(p, b);
   } else {
-    for (const Tensor* t : {&dq, &dk, &dv}) zero(*t, p.dtype);
-    if (d_bias) zero(d_bias, b.d_bias.dtype);
+    for (const Tensor* t : {&dq, &dk, &dv}) fill(*t, 0, p.dtype);
+    if (d_bias) fill(d_bias, 0, b.d_bias.dtype);
   }
   s[0] = dq.release();
   s[1] = dk.release();
