@@ -1,0 +1,50 @@
+// What every source of the kernels needs from its compiler, and the little that all instruction sets share.
+//
+// Only declarations and plain types: a function defined here would be compiled under several flags, and the linker might
+// keep the copy that an older CPU cannot run. For the same reason nothing in this folder uses <algorithm>.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include <cstdint>
+
+#include "attention.h"
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define ATTN_INLINE __forceinline
+#define ATTN_NOINLINE __declspec(noinline)
+#define ATTN_UNROLL
+#define ATTN_NO_UNROLL
+#define ATTN_RESTRICT __restrict
+#elif defined(__clang__)
+#define ATTN_INLINE inline __attribute__((always_inline))
+#define ATTN_NOINLINE __attribute__((noinline))
+#define ATTN_UNROLL _Pragma("unroll")
+#define ATTN_NO_UNROLL _Pragma("nounroll")
+#define ATTN_RESTRICT __restrict__
+#else
+#define ATTN_INLINE inline __attribute__((always_inline))
+#define ATTN_NOINLINE __attribute__((noinline))
+#define ATTN_UNROLL _Pragma("GCC unroll 32")
+#define ATTN_NO_UNROLL _Pragma("GCC unroll 1")
+#define ATTN_RESTRICT __restrict__
+#endif
+
+namespace attn::cpu {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// Memory of this thread, 64-byte aligned, kept between calls; what it held is lost where it has to grow.
+void* scratch(size_t bytes);
+
+// body(context, i) once for every i in [0, n), on torch's threads. Threads take the next free unit, so the order of
+// starting is that of i (put long units first) and a unit may not depend on which thread runs it. `work` is the count of
+// multiplications of all units together: little work stays on this thread.
+void run_units(int64_t n, double work, void (*body)(void*, int64_t), void* context);
+
+}  // namespace attn::cpu

@@ -1,0 +1,186 @@
+// The scores of a tile: scale * q k, soft cap, ALiBi, bias, mask, in this order and in natural units, as attn/reference.py
+// defines them; written once for forward, weights and backward.
+//
+// A score tile is [key][query] with stride kQueries: the lanes are queries, so that softmax needs no sum across lanes. Its
+// rows beyond the keys asked for are not written; columns are written up to round_up(nq, kWidth), and those from nq
+// on hold anything finite or hidden.
+//
+//   const Sequence sequence(p, n); const Mask mask(p, sequence, head); const Extras extras(p, sequence, head);
+//   pack_columns(q rows, ..., scale, packed)                     once per tile of queries
+//   for the tiles of mask.keys(q0, nq), from a multiple of mask.tile_keys() on:
+//     visible = classify(mask, q0, nq, k0, nk, seen)             kEmpty: next tile
+//     score_tile(extras, left_operand(k rows, ...), D, packed, q0, nq, k0, nk, visible == kPartial ? seen : null,
+//                bias_space, s, d_cap or null)
+#pragma once
+#include "dropout.h"
+#include "product.h"
+
+namespace attn::cpu::ATTN_ISA {
+namespace {
+
+constexpr uint64_t kBlockBits = kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
+
+// The products of a tile: s[key][query] = k[key] . packed[query]. Blocks in which no pair is visible are left as they
+// are (`seen` null: all are visible).
+ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, int64_t nq, int64_t nk,
+                                const uint64_t* seen, Real* s) {
+  for (int64_t r = 0; r < nk; r += kRows) {
+    const int64_t rows = least<int64_t>(kRows, nk - r);
+    uint64_t some = ~uint64_t{0};
+    if (seen) {
+      some = 0;
+      for (int64_t i = 0; i < rows; ++i) some |= seen[r + i];
+    }
+    const BlockFunction* blocks = Blocks<kAlongRows>::by_rows[rows - 1];
+    for (int64_t c = 0; c < nq; c += kCols * kWidth) {
+      if (!(some >> c & kBlockBits)) continue;
+      const int64_t vectors = least<int64_t>(kCols, (nq - c + kWidth - 1) / kWidth);
+      blocks[vectors - 1](width, k.data + r * k.stride, k.stride, packed + c, kQueries, s + r * kQueries + c, kQueries,
+                          true);
+    }
+  }
+}
+
+// The bias as it is read from one tensor of type T: buffer[key][query].
+template <class T>
+ATTN_INLINE void read_bias(const T* at, int64_t row, int64_t col, int64_t nq, int64_t nk, Real* buffer) {
+  if (row == 0) {
+    for (int64_t j = 0; j < nk; ++j) {
+      const Vec one = set(load_one(at + j * col));
+      for (int64_t c = 0; c < nq; c += kWidth) store(buffer + j * kQueries + c, one);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < nk; j += kWidth)
+    for (int64_t c = 0; c < nq; c += kWidth) {
+      Vec t[kWidth];
+      const int64_t wide = least<int64_t>(kWidth, nk - j), high = least<int64_t>(kWidth, nq - c);
+      const T* corner = at + c * row + j * col;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        if (i >= high) {
+          t[i] = zero();
+        } else if (col == 1) {
+          t[i] = load_some(corner + i * row, wide);
+        } else {
+          T line[kWidth] = {};
+          for (int64_t x = 0; x < wide; ++x) line[x] = corner[i * row + x * col];
+          t[i] = load(line);
+        }
+      }
+      transpose(t);
+      for (int64_t i = 0; i < wide; ++i) store(buffer + (j + i) * kQueries + c, t[i]);
+    }
+}
+
+// What comes on top of the products, for one head of one sequence.
+struct Extras {
+  Real softcap, slope;
+  int64_t shift;  // ALiBi: |i + shift - j|
+  bool alibi;
+  const void* bias = nullptr;
+  int64_t bias_row, bias_col;
+  Dtype bias_dtype;
+
+  ATTN_INLINE Extras(const Problem& p, const Sequence& s, int64_t head) {
+    softcap = static_cast<Real>(p.softcap);
+    alibi = p.alibi_slopes != nullptr;
+    slope = alibi ? static_cast<Real>(p.alibi_slopes[s.number * p.Hq + head]) : 0;
+    shift = s.keys - s.queries;
+    if (!p.bias.data) return;
+    bias_row = p.bias.row;
+    bias_col = p.bias.col;
+    bias_dtype = p.bias.dtype;
+    const int64_t size = bias_dtype == Dtype::f64 ? 8 : bias_dtype == Dtype::f32 ? 4 : 2;
+    bias = static_cast<const char*>(p.bias.data) + size * (s.batch * p.bias.batch + head * p.bias.head +
+                                                           s.q_first * bias_row + s.k_first * bias_col);
+  }
+  ATTN_INLINE bool none() const { return !(softcap > 0) && !alibi && !bias; }
+};
+
+ATTN_NOINLINE void read_bias(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* buffer) {
+  const int64_t at = q0 * e.bias_row + k0 * e.bias_col;
+  switch (e.bias_dtype) {
+    case Dtype::f32:
+      return read_bias(static_cast<const float*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+    case Dtype::bf16:
+      return read_bias(static_cast<const Bf16*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+    case Dtype::f16:
+      return read_bias(static_cast<const F16*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+    default:
+      return read_bias(static_cast<const double*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+  }
+}
+
+// Adds what is on top of the products. `bias_space` has room for nk rows of kQueries. `d_cap`, where given, becomes the
+// derivative of the soft cap, laid out as s (only written where there is one).
+ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* bias_space, Real* s,
+                              Real* d_cap) {
+  if (e.bias) read_bias(e, q0, nq, k0, nk, bias_space);
+  const bool capped = e.softcap > 0;
+  const Vec cap = set(e.softcap), uncap = set(capped ? 1 / e.softcap : 0), slope = set(e.slope), one = set(1);
+  for (int64_t j = 0; j < nk; ++j)
+    for (int64_t c = 0; c < nq; c += kWidth) {
+      const int64_t at = j * kQueries + c;
+      Vec x = load(s + at);
+      if (capped) {
+        const Vec t = tanh_of(mul(x, uncap));
+        x = mul(cap, t);
+        if (d_cap) store(d_cap + at, nfma(t, t, one));
+      }
+      if (e.alibi) {
+        const Vec distance = add(set(static_cast<Real>(q0 + c + e.shift - k0 - j)), iota());
+        x = nfma(slope, magnitude(distance), x);
+      }
+      if (e.bias) x = add(x, load(bias_space + at));
+      store(s + at, x);
+    }
+}
+
+// -infinity where a pair is hidden.
+ATTN_INLINE void hide(const uint64_t* seen, int64_t nq, int64_t nk, Real* s) {
+  const uint64_t all = bits_between(0, nq);
+  const Vec nothing = set(-kInfinity);
+  for (int64_t j = 0; j < nk; ++j) {
+    if (seen[j] == all) continue;
+    for (int64_t c = 0; c < nq; c += kWidth) {
+      Real* at = s + j * kQueries + c;
+      store(at, select(lanes_of(seen[j] >> c & ((uint64_t{1} << kWidth) - 1)), load(at), nothing));
+    }
+  }
+}
+
+// Raises maxima[query] to the largest score of each query; a NaN is passed over.
+ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxima) {
+  for (int64_t c = 0; c < nq; c += kWidth) {
+    Vec x = load(maxima + c), y = x;
+    int64_t j = 0;
+    for (; j + 1 < nk; j += 2) {
+      x = max(load(s + j * kQueries + c), x);
+      y = max(load(s + (j + 1) * kQueries + c), y);
+    }
+    if (j < nk) x = max(load(s + j * kQueries + c), x);
+    store(maxima + c, max(x, y));
+  }
+}
+
+// The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
+ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Real* packed, int64_t q0, int64_t nq,
+                            int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space, Real* s, Real* d_cap) {
+  score_products(k, width, packed, nq, nk, seen, s);
+  if (!extras.none()) add_extras(extras, q0, nq, k0, nk, bias_space, s, d_cap);
+  if (seen) hide(seen, nq, nk, s);
+}
+
+// Multiplies by `factor` where the pair is kept, else 0.
+ATTN_INLINE void drop(const uint64_t* kept, Real factor, int64_t nq, int64_t nk, Real* p) {
+  const Vec times = set(factor);
+  for (int64_t j = 0; j < nk; ++j)
+    for (int64_t c = 0; c < nq; c += kWidth) {
+      Real* at = p + j * kQueries + c;
+      const Lanes on = lanes_of(kept[j] >> c & ((uint64_t{1} << kWidth) - 1));
+      store(at, select(on, mul(load(at), times), zero()));
+    }
+}
+
+}  // namespace
+}  // namespace attn::cpu::ATTN_ISA
