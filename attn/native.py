@@ -37,8 +37,10 @@ _SCHEMAS = (
     f"{_OPERANDS}, bool bias_grad) -> {_FOUR}",
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? alibi_slopes, "
     "int left, int right, float scale, float softcap) -> (Tensor, Tensor)",
-    # The same for calls of three tensors: every argument more costs time that small calls do not have.
-    f"plain({_PLAIN}, int weights, bool residuals) -> {_FOUR}",
+    # The same for calls of three tensors: every argument and result more costs time that small calls do not have.
+    f"infer({_PLAIN}) -> Tensor",
+    f"infer_weights({_PLAIN}, int weights) -> (Tensor, Tensor)",
+    f"plain({_PLAIN}, int weights) -> {_FOUR}",
     f"plain_backward(Tensor d_out, Tensor out, Tensor m, Tensor l, {_PLAIN}) -> {_FOUR}",
 )
 
@@ -53,9 +55,9 @@ def _op(name: str) -> Any:
     return getattr(op, "_op", op)
 
 
-forward, weights, backward, decode, plain, plain_backward = map(
-    _op, ("forward", "weights", "backward", "decode", "plain", "plain_backward")
-)
+forward, weights, backward, decode = map(_op, ("forward", "weights", "backward", "decode"))
+infer, infer_weights = map(_op, ("infer", "infer_weights"))
+plain, plain_backward = map(_op, ("plain", "plain_backward"))
 
 
 def path() -> Path:

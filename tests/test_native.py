@@ -221,7 +221,9 @@ def test_schemas_tell_the_truth(operands: Operands) -> None:
         (ops.weights, (m, l, *x, True)),
         (ops.backward, (out, None, None, out, m, l, *x._replace(bias=torch.zeros(1, 1, 5, 5)), True)),
         (ops.decode, (x.q, x.k, x.v, int32(5, 3), None, None, -1, 0, 1.0, 0.0)),
-        (ops.plain, (*x[:3], -1, 0, False, 1.0, 0.0, 2, True)),
+        (ops.plain, (*x[:3], -1, 0, False, 1.0, 0.0, 2)),
+        (ops.infer, (*x[:3], -1, 0, False, 1.0, 0.0)),
+        (ops.infer_weights, (*x[:3], -1, 0, False, 1.0, 0.0, 1)),
     ):
         torch.library.opcheck(op.default, args, test_utils="test_schema")
 

@@ -47,12 +47,18 @@ class CpuBackend(Backend):
 
     def forward(self, x: Operands) -> Forward:
         """See `Backend.forward`."""
-        out, m, l, _ = _run(x, NO_WEIGHTS, True)
+        out, m, l, _ = _forward(x, NO_WEIGHTS)
         return out, m, l
 
     def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
         """Without residuals, weights in the same pass."""
-        out, _, _, w = _run(x, _WANTED[weights], False)
+        wanted = _WANTED[weights]
+        if not _is_plain(x):
+            out, _, _, w = native.forward(*x, wanted, False)
+            return out, w
+        if not wanted:
+            return native.infer(x.q, x.k, x.v, x.left, x.right, x.end, x.scale, x.softcap), None
+        out, w = native.infer_weights(x.q, x.k, x.v, x.left, x.right, x.end, x.scale, x.softcap, wanted)
         return out, w
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
@@ -62,7 +68,7 @@ class CpuBackend(Backend):
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass for both."""
-        return _run(x, MEAN if average else HEADS, True)
+        return _forward(x, MEAN if average else HEADS)
 
     def backward(
         self,
@@ -91,13 +97,13 @@ class CpuBackend(Backend):
 _WANTED = {"": NO_WEIGHTS, "mean": MEAN, "heads": HEADS}
 
 
-def _run(x: Operands, weights: int, residuals: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, m, l, weights; None for what is not asked for."""
+def _forward(x: Operands, weights: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, m, l, weights; None in their place where they are not asked for."""
     result: tuple[Tensor, Tensor, Tensor, Tensor]
     if _is_plain(x):
-        result = native.plain(x.q, x.k, x.v, x.left, x.right, x.end, x.scale, x.softcap, weights, residuals)
+        result = native.plain(x.q, x.k, x.v, x.left, x.right, x.end, x.scale, x.softcap, weights)
     else:
-        result = native.forward(*x, weights, residuals)
+        result = native.forward(*x, weights, True)
     return result
 
 

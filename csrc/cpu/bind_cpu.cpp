@@ -71,27 +71,36 @@ Tensor new_weights(const Problem& p, int64_t wanted) {
                p.dtype);
 }
 
-// Runs forward on a call that was read; returns out, m, l, weights in s[0..3].
-void forward_into(uint64_t* s, Call& c, int64_t wanted, bool residuals) {
+struct Results {
+  Tensor out, m, l, weights;  // those that were asked for
+
+  void release(uint64_t* s) {
+    s[0] = out.release();
+    s[1] = m.release();
+    s[2] = l.release();
+    s[3] = weights.release();
+  }
+};
+
+// Runs forward on a call that was read.
+Results run_forward(Call& c, int64_t wanted, bool residuals) {
   Problem& p = c.p;
-  Tensor out = new_rows(c, p.Hq, p.L, p.Dv), m, l, weights;
-  p.out = rows_at(out);
+  Results r;
+  r.out = new_rows(c, p.Hq, p.L, p.Dv);
+  p.out = rows_at(r.out);
   if (residuals) {
-    m = fresh(Call::empty_dense({p.B, p.Hq, p.L}, accumulate(p.dtype)), accumulate(p.dtype));
-    l = fresh(Call::empty_dense({p.B, p.Hq, p.L}, accumulate(p.dtype)), accumulate(p.dtype));
-    p.m = m.data();
-    p.l = l.data();
+    r.m = fresh(Call::empty_dense({p.B, p.Hq, p.L}, accumulate(p.dtype)), accumulate(p.dtype));
+    r.l = fresh(Call::empty_dense({p.B, p.Hq, p.L}, accumulate(p.dtype)), accumulate(p.dtype));
+    p.m = r.m.data();
+    p.l = r.l.data();
   }
   Weights w;
   if (wanted != kNone) {
-    weights = new_weights(p, wanted);
-    w = {weights.data(), wanted == kMean};
+    r.weights = new_weights(p, wanted);
+    w = {r.weights.data(), wanted == kMean};
   }
   if (p.B * p.Hq * p.L > 0) active().forward(p, wanted != kNone ? &w : nullptr);
-  s[0] = out.release();
-  s[1] = m.release();
-  s[2] = l.release();
-  s[3] = weights.release();
+  return r;
 }
 
 // What forward left, and the gradients of its results.
@@ -163,16 +172,31 @@ void forward_op(uint64_t* s, uint64_t, uint64_t) {
   Call c;
   c.own(s);
   c.read(s);
-  forward_into(s, c, stable::integer(s[Call::kWords]), stable::boolean(s[Call::kWords + 1]));
+  run_forward(c, stable::integer(s[Call::kWords]), stable::boolean(s[Call::kWords + 1])).release(s);
 }
 
-constexpr int kPlainWords = 8;
+// A call of three tensors without residuals: the fewest arguments and results.
+void infer_op(uint64_t* s, uint64_t, uint64_t) {
+  Call c;
+  c.own_plain(s);
+  c.read_plain(s);
+  s[0] = run_forward(c, kNone, false).out.release();
+}
+
+void infer_weights_op(uint64_t* s, uint64_t, uint64_t) {
+  Call c;
+  c.own_plain(s);
+  c.read_plain(s);
+  Results r = run_forward(c, stable::integer(s[Call::kPlainWords]), false);
+  s[0] = r.out.release();
+  s[1] = r.weights.release();
+}
 
 void plain_op(uint64_t* s, uint64_t, uint64_t) {
   Call c;
   c.own_plain(s);
   c.read_plain(s);
-  forward_into(s, c, stable::integer(s[kPlainWords]), stable::boolean(s[kPlainWords + 1]));
+  run_forward(c, stable::integer(s[Call::kPlainWords]), true).release(s);
 }
 
 void weights_op(uint64_t* s, uint64_t, uint64_t) {
@@ -279,6 +303,8 @@ void decode_op(uint64_t* s, uint64_t, uint64_t) {
 struct Ops {
   explicit Ops(const char* key) : registration("attn_cpu", key) {
     registration.add("forward", forward_op)
+        .add("infer", infer_op)
+        .add("infer_weights", infer_weights_op)
         .add("plain", plain_op)
         .add("weights", weights_op)
         .add("backward", backward_op)

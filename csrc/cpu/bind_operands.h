@@ -115,6 +115,7 @@ struct Call {
   static constexpr int kNumbers =
       8;  // left, right, end, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p
   static constexpr int kWords = count + kNumbers;
+  static constexpr int kPlainWords = 8;  // q, k, v, left, right, end, scale, softcap
 
   Tensor t[count];
   Problem p;
@@ -136,7 +137,6 @@ struct Call {
     masks();
     tables();
   }
-  // q, k, v, left, right, end, scale, softcap.
   void read_plain(const uint64_t* words) {
     for (int i = q; i <= v; ++i) t[i].look();
     numbers(words[3], words[4], words[5], words[6], words[7]);
