@@ -160,6 +160,17 @@ def test_pages_are_checked(lengths: Tensor, table: Tensor | None, message: str) 
 
 
 @loaded
+def test_packed_tokens_of_no_sequence_are_dead() -> None:
+    q = torch.randn(1, 4, 70, 8)
+    nothing = Operands(q, q, q, alibi_slopes=torch.ones(0, 4), cu_seqlens_q=int32(0), cu_seqlens_k=int32(0))
+    out, m, l = load("cpu").forward(nothing)
+    assert not out.any()
+    assert not l.any()
+    assert bool((m == -torch.inf).all())
+    assert not any(bool(t.any()) for t in load("cpu").backward(nothing, (out, m, l), q, None, None, False)[:3])
+
+
+@loaded
 def test_pages_out_of_use_may_hold_anything() -> None:
     q, cache = torch.randn(1, 4, 1, 8), torch.randn(3, 4, 8, 8)
     out, _ = load("cpu").decode(DecodeOperands(q, cache, cache, int32(8), int32(2, 1 << 30)[None]))

@@ -220,6 +220,13 @@ struct Call {
     p.cu_seqlens_k = vector_of<int32_t>("cu_seqlens_k", t[cu_k], i32, {p.N + 1});
     require_cumulative("cu_seqlens_q", p.cu_seqlens_q, p.N, p.L);
     require_cumulative("cu_seqlens_k", p.cu_seqlens_k, p.N, p.S);
+    if (p.N > 0) return;
+    static const int32_t nothing[] = {0,
+                                      0};  // no sequences: one without tokens, for N = 0 means a padded call
+    p.N = 1;
+    p.cu_seqlens_q = p.cu_seqlens_k = nothing;
+    p.alibi_slopes = nullptr;
+    p.key_lengths = p.query_lengths = p.prefix = nullptr;
   }
 
   int64_t sequences() const {
