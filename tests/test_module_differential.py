@@ -125,15 +125,17 @@ def exact_and_stock(c: Config, stock: nn.MultiheadAttention, call: Call, theirs:
     """PyTorch's results in float64, and ones whose distance from them says what its rounding costs in c.dtype."""
     with fast_path(False):
         exact = results_of(double(stock), c, call.copied(torch.float64))
+        # What cancels is of the size of the largest result; where all of it cancels, PyTorch may be exact by luck.
+        sizes = [float(t.detach().abs().nan_to_num().max()) for t in exact.values() if t is not None and t.numel()]
+        largest = max(sizes, default=0.0)
+        eps = torch.finfo(torch.float64).eps
         if c.dtype != torch.float64:
-            return exact, theirs
+            noise = torch.finfo(c.dtype).eps * largest
+            gone = {n for n, t in exact.items() if t is not None and bool((t.abs() <= eps * largest).all())}
+            return exact, {n: t.double() + noise if t is not None and n in gone else t for n, t in theirs.items()}
         single = results_of(copy.deepcopy(stock).float(), c, call.copied(torch.float32))
-    # Twice: PyTorch's float64 result, which stands for the truth, is rounded as ours is. Where all cancels, single
-    # precision may be exact by luck: what cancels is of the size of the largest result.
-    eps = torch.finfo(torch.float64).eps
-    finer = 2 * eps / torch.finfo(torch.float32).eps
-    sizes = [float(t.detach().abs().nan_to_num().max()) for t in exact.values() if t is not None and t.numel()]
-    noise = eps * max(sizes, default=0.0)
+    # Twice: PyTorch's float64 result, which stands for the truth, is rounded as ours is.
+    finer, noise = 2 * eps / torch.finfo(torch.float32).eps, eps * largest
     return exact, {n: t if t is None else t + (single[n] - t) * finer + noise for n, t in exact.items()}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,5 +21,6 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 @pytest.fixture(autouse=True)
 def _quiet() -> object:
     """inf - inf in rows that are masked afterwards is meant; numpy, which plays the GPU, would warn."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         yield
