@@ -235,10 +235,9 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
     """(out (B, Hq, Lq, Dv), lse (B, Hq, Lq))."""
     q, k, v = rows(x.q), rows(x.k_cache), rows(x.v_cache)
     B, H, L, _ = q.shape
-    Hk, page_size, DV = k.shape[1], k.shape[2], v.shape[3]
+    DV = v.shape[3]
     paged = x.block_table is not None
-    pages, slots = (k.shape[0], x.block_table.shape[1]) if paged else (0, 0)
-    capacity = page_size * slots if paged else page_size
+    capacity = k.shape[2] * (x.block_table.shape[1] if paged else 1)
     out = q.new_empty(B, L, H, DV).transpose(1, 2)
     lse = torch.empty((B, H, L), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or k.numel() == 0 or capacity == 0:
@@ -253,39 +252,41 @@ def decode(x: DecodeOperands) -> tuple[Tensor, Tensor]:
         scale=x.scale,
         softcap=x.softcap,
     )
-    group = H // Hk
     key = key_of("decode", as_operands, (q, k, v, x.block_table))
     plan = plans.get(key)
     if plan is None:
-        tiles = Tiles(flags_of(as_operands, q, k, v), q, key[0])
-        plan = remember(key, _DecodePlan(tiles, group * L, B * Hk, capacity, paged))
-    splits, tile = plan.splits, plan.tile
+        pages = (k.shape[0], k.shape[2], x.block_table.shape[1]) if paged else (0, capacity, 0)
+        plan = remember(key, _DecodePlan(as_operands, capacity, pages, key[0]))
+    splits, numbers = plan.splits, plan.numbers
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if splits > 1:
         shapes = ((B, H, L, splits, DV), (B, H, L, splits), (B, H, L, splits))
         parts = tuple(torch.empty(s, dtype=torch.float32, device=q.device) for s in shapes)
-    numbers = numbers_of(as_operands, group, capacity)
-    blocks = ceil(group * L, tile.rows)
     table = None if x.block_table is None else x.block_table.contiguous()
-    sizes = tuple(map(odd, (splits, blocks, pages, page_size, slots)))
-    args = (view(q), view(k), view(v), view(out), lse, (*parts, table), mask_of(as_operands, None), numbers, sizes)
-    plan.entry(splits * blocks * Hk * B, args, q.device.index)
+    to, masks = view(out), mask_of(as_operands, None)
+    args = (view(q), view(k), view(v), to, lse, (*parts, table), masks, numbers, plan.sizes)
+    plan.entry(plan.grid, args, q.device.index)
     if splits > 1:
-        plan.combine(B * H * L, (view(out), lse, *parts, numbers, splits), q.device.index)
+        plan.combine(B * H * L, (to, lse, *parts, numbers, splits), q.device.index)
     return out, lse
 
 
 class _DecodePlan:
     """The kernels of one kind of decoding step, and in how many parts they split the keys."""
 
-    def __init__(self, tiles: Tiles, packed_rows: int, heads: int, capacity: int, paged: bool) -> None:
+    def __init__(self, x: Operands, capacity: int, pages: tuple[int, int, int], direct: bool) -> None:
+        (B, H, L, _), Hk = x.q.shape, x.k.shape[1]
+        tiles = Tiles(flags_of(x, x.q, x.k, x.v), x.q, direct)
         tile = config.tile(tiles.arch, "decode", tiles.dim, tiles.itemsize, tiles.load)
-        self.tile = tile._replace(rows=min(64, max(tile.rows, power_of_two(packed_rows))))
-        programs = heads * ceil(packed_rows, self.tile.rows)
-        wanted = ceil(2 * config.processors(tiles.device), programs)
-        self.splits = max(1, min(wanted, ceil(capacity, 4 * self.tile.keys), config.MOST_SPLITS))
-        flags = tiles.flags
-        self.entry = tiles.with_tile(self.tile, attn_decode, flags, PAGED=paged)
+        packed = H // Hk * L
+        tile = tile._replace(rows=min(64, max(tile.rows, power_of_two(packed))))
+        blocks = ceil(packed, tile.rows)
+        wanted = ceil(2 * config.processors(tiles.device), blocks * Hk * B)
+        self.splits = max(1, min(wanted, ceil(capacity, 4 * tile.keys), config.MOST_SPLITS))
+        self.grid = self.splits * blocks * Hk * B
+        self.numbers = numbers_of(x, H // Hk, capacity)
+        self.sizes = tuple(map(odd, (self.splits, blocks, *pages)))
+        self.entry = tiles.with_tile(tile, attn_decode, tiles.flags, PAGED=pages[2] > 0)
         self.combine = tiles.with_tile(
-            config.Tile(0, 0, 4, 1), attn_combine, flags, SPLITS=max(2, power_of_two(self.splits, 2))
+            config.Tile(0, 0, 4, 1), attn_combine, tiles.flags, SPLITS=max(2, power_of_two(self.splits, 2))
         )
