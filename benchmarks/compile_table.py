@@ -332,14 +332,35 @@ def save(rows: dict[str, Row], path: Path = RESULTS) -> None:
     path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
+def markdown(rows: dict[str, Row]) -> str:
+    """The short form of the table: registers, "/" and spilled bytes, of bfloat16 causal training."""
+    lines = ["| arch | kernel | " + " | ".join(map(str, HEAD_DIMS)) + " |", "| --- " * (2 + len(HEAD_DIMS)) + "|"]
+    for arch in ARCHS:
+        for kernels in (("forward",), ("queries",), ("keys", "dk", "dv")):
+            cells = []
+            for head_dim in HEAD_DIMS:
+                found = [rows.get(f"{arch} {kernel} bfloat16 {head_dim} causal") for kernel in kernels]
+                cells.append(
+                    " · ".join(f"{r.registers}/{r.spills}" if r.spills else f"{r.registers}" for r in found if r)
+                )
+            lines.append(f"| {arch} | {kernels[0]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile what the table lacks and write it. Exit status 1 if a row has what none may have."""
     parser = argparse.ArgumentParser(prog="python -m attn.benchmarks.compile_table", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the compiles of every push, checked against the table")
     parser.add_argument("--check", default="", metavar="WORDS", help="jobs whose line holds these words, likewise")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there: for another Triton")
+    parser.add_argument("--markdown", action="store_true", help="compile nothing; print the short form of the table")
     args = parser.parse_args(argv)
-    writing = not (args.quick or args.check)
-    committed = load()
+    if args.markdown:
+        print(markdown(load()))
+        return 0
+    path = args.json or RESULTS
+    writing = bool(args.json) or not (args.quick or args.check)
+    committed = load(path)
     rows = committed if writing else {}
     done = {" ".join(key.split()[:1] + key.split()[2:]) for key in committed} if writing else set()
     wrong: list[str] = []
@@ -352,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             wrong += [] if writing else risen(row, committed)
             print(json.dumps(row._asdict()), flush=True)
         if writing:
-            save(rows)
+            save(rows, path)
     wrong += [what for row in rows.values() for what in faults(row)]
     print("\n".join(wrong) if wrong else f"{len(rows)} kernels, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0
