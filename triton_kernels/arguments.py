@@ -16,7 +16,7 @@ from .call import Dense, Flags, Mask, Numbers, Rows, odd
 from .launch import Entry
 
 FAR = 1 << 29
-"""A band side without limit."""
+"""A band side without limit, and the most rows or keys: `odd` ones still fit 32 bits."""
 
 plans: dict[Any, Any] = {}
 _MOST_PLANS = 4096
@@ -71,8 +71,15 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def numbers_of(x: Operands, group: int, keys: int, padded: int = 0, share: float = 1.0) -> Numbers:
-    """The numbers of a call; `share` is what a head counts in the returned weights."""
+    """The numbers of a call; `share` is what a head counts in the returned weights.
+
+    Raises ValueError where rows or keys are more than the kernels count."""
     _, H, L, _ = x.q.shape
+    for name, n in (("query", L), ("key", keys)):
+        if n > FAR:
+            raise ValueError(
+                f"{name} has {n} rows; the triton kernels count to {FAR}: split it, or use another backend"
+            )
     left = FAR if x.left == UNBOUNDED else min(x.left, FAR)
     right = FAR if x.right == UNBOUNDED else min(x.right, FAR)
     bits, inv_keep = 0, 1.0

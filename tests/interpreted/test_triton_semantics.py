@@ -130,6 +130,19 @@ def test_a_row_stride_that_overflows_32_bits_inside_a_tile() -> None:
     assert torch.equal(TRITON.forward(x)[0], TRITON.forward(x._replace(q=q.contiguous()))[0])
 
 
+def test_more_keys_than_the_kernels_count_are_refused() -> None:
+    many = torch.randn(1, 1, 1, 16).expand(1, 1, (1 << 29) + 1, 16)
+    one = torch.randn(1, 1, 1, 16)
+    lengths = torch.tensor([5], dtype=torch.int32)
+    for run in (
+        lambda: TRITON.forward(Operands(one, many, many)),
+        lambda: TRITON.forward(Operands(many, one, one)),
+        lambda: TRITON.decode(DecodeOperands(one, many, many, lengths)),
+    ):
+        with pytest.raises(ValueError, match="count to 536870912"):
+            run()
+
+
 @pytest.mark.parametrize("kind", ["hidden_nan", "visible_nan"])
 @pytest.mark.parametrize("name", ["causal", "window", "prefix", "documents", "keep", "alibi_lengths"])
 def test_nan(name: str, kind: str) -> None:
