@@ -71,5 +71,12 @@ ATTN_NOINLINE void dropout_tile(const Dropout& d, int64_t q0, int64_t nq, int64_
     }
 }
 
+// What is both visible and kept, in `kept`.
+ATTN_INLINE const uint64_t* both(const uint64_t* seen, int64_t nk, uint64_t* kept) {
+  if (seen)
+    for (int64_t j = 0; j < nk; ++j) kept[j] &= seen[j];
+  return kept;
+}
+
 }  // namespace
 }  // namespace attn::cpu::ATTN_ISA

@@ -36,17 +36,17 @@ ATTN_INLINE Vec exp_of(Vec x) { return exponential(x); }
 ATTN_INLINE Vec tanh_of(Vec x) { return tangent(x); }
 #else
 // e^x for x up to 88; 0 below -87.7; NaN stays. n = round(x / ln 2), and a minimax polynomial for 2^f, |f| <= 1/2: relative
-// error 7.5e-8 before rounding.
+// error 9.2e-8 before rounding, and exactly 1 at 0.
 ATTN_INLINE Vec exp_of(Vec x) {
   const Vec log2e = set(1.44269504f);
   x = max(set(-88.f), x);
   const Vec t = fma(x, log2e, set(12582912.f + 127.f));
   const Vec f = fma(x, log2e, sub(set(12582912.f + 127.f), t));
-  Vec p = fma(set(1.3276472e-3f), f, set(9.675541e-3f));
-  p = fma(p, f, set(5.550713e-2f));
-  p = fma(p, f, set(2.402212e-1f));
-  p = fma(p, f, set(6.9314694e-1f));
-  p = fma(p, f, set(1.0000001f));
+  Vec p = fma(set(0.00132647273f), f, set(0.00967151277f));
+  p = fma(p, f, set(0.0555073374f));
+  p = fma(p, f, set(0.240222421f));
+  p = fma(p, f, set(0.693146978f));
+  p = fma(p, f, set(1.f));
   return mul(p, power_of_two(t));
 }
 

@@ -41,6 +41,8 @@ struct F16 {
 
 // Memory of this thread, 64-byte aligned, kept between calls; what it held is lost where it has to grow.
 void* scratch(size_t bytes);
+// The same for what the units of one call share: asked for by the thread that makes the call.
+void* call_scratch(size_t bytes);
 
 // body(context, i) once for every i in [0, n), on torch's threads. Threads take the next free unit, so the order of
 // starting is that of i (put long units first) and a unit may not depend on which thread runs it. `work` is the count of

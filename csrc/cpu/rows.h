@@ -5,6 +5,27 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
+// Cuts memory into aligned pieces; from 0 on it only counts.
+struct Carver {
+  uintptr_t at;
+
+  template <class A>
+  ATTN_INLINE A* take(int64_t n) {
+    const uintptr_t here = at;
+    at += static_cast<uintptr_t>(round_up(n * static_cast<int64_t>(sizeof(A)), 64));
+    return reinterpret_cast<A*>(here);
+  }
+};
+
+// A Space(carver, ...) in the scratch of this thread.
+template <class Space, class... Sizes>
+ATTN_INLINE Space carve(Sizes... sizes) {
+  Carver counted{0};
+  Space(counted, sizes...);
+  Carver real{reinterpret_cast<uintptr_t>(scratch(counted.at))};
+  return Space(real, sizes...);
+}
+
 // Queries per tile; the stride of every score tile, which is [key][query].
 constexpr int kQueries = 64;
 

@@ -17,6 +17,10 @@ struct Block {
 
   ~Block() { std::free(raw); }
 
+  void* at_least(size_t wanted) {
+    if (bytes < wanted) grow(wanted);
+    return aligned;
+  }
   void grow(size_t wanted) {
     std::free(raw);
     raw = std::malloc(wanted + kAlign);
@@ -26,7 +30,7 @@ struct Block {
   }
 };
 
-thread_local Block block;
+thread_local Block of_units, of_calls;
 
 // Starting the other threads takes a few microseconds: what this many multiplications take on one.
 constexpr double kWorthThreads = 4e5;
@@ -46,10 +50,8 @@ void worker(void* context, int64_t, int64_t) {
 
 }  // namespace
 
-void* scratch(size_t bytes) {
-  if (block.bytes < bytes) block.grow(bytes);
-  return block.aligned;
-}
+void* scratch(size_t bytes) { return of_units.at_least(bytes); }
+void* call_scratch(size_t bytes) { return of_calls.at_least(bytes); }
 
 void run_units(int64_t n, double work, void (*body)(void*, int64_t), void* context) {
   int64_t threads = n > 1 && work > kWorthThreads ? thread_count() : 1;
