@@ -1,0 +1,243 @@
+// The gradient of a tile of scores: P and dS = P (dP - delta) of up to 64 queries by up to 96 keys of one head, from the
+// residuals m and l of a forward.
+//
+// For query i and key j, with dW = d_out v + d_weights: dP = drop(dW), delta = rowsum(out d_out) + rowsum(W d_weights) -
+// d_lse. Rows that are dead take part as rows of zeros, whatever stands in them.
+#pragma once
+#include "scores.h"
+#include "softmax.h"
+#include "tiles.h"
+
+namespace attn::cpu::ATTN_ISA {
+namespace {
+
+constexpr int64_t kGradientKeys = 96;  // per tile: two tiles of scores, and K and V of 64 columns, in the second cache
+
+struct GradientSpace {
+  Real *packed_q, *packed_g, *q, *g, *k, *v;
+  Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
+  Real *m, *inverse, *delta;     // per query
+  uint64_t *seen, *kept;
+
+  GradientSpace(Carver& c, const Problem& problem, const Backward& b) {
+    const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
+    const int64_t tile = kGradientKeys * kQueries;
+    packed_q = c.take<Real>(wide_k * kQueries);
+    packed_g = c.take<Real>(wide_v * kQueries);
+    q = c.take<Real>(wide_k * kQueries);
+    g = c.take<Real>(wide_v * kQueries);
+    k = c.take<Real>(wide_k * kGradientKeys);
+    v = c.take<Real>(wide_v * kGradientKeys);
+    p = c.take<Real>(tile);
+    ds = c.take<Real>(tile);
+    d_cap = c.take<Real>(problem.softcap > 0 ? tile : 0);
+    added = c.take<Real>(problem.bias.data || b.d_weights.data ? tile : 0);
+    m = c.take<Real>(kQueries);
+    inverse = c.take<Real>(kQueries);
+    delta = c.take<Real>(kQueries);
+    seen = c.take<uint64_t>(kMaxKeys);
+    kept = c.take<uint64_t>(kMaxKeys);
+  }
+};
+
+// p: scores to probabilities, and ds: dP to dS where it is given. Hidden pairs become 0, whatever stands there.
+template <int N>
+ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientSpace& w, Real* ds) {
+  Vec m[N], inverse[N], delta[N];
+  ATTN_UNROLL
+  for (int i = 0; i < N; ++i) {
+    m[i] = load(w.m + c + i * kWidth);
+    inverse[i] = load(w.inverse + c + i * kWidth);
+    delta[i] = load(w.delta + c + i * kWidth);
+  }
+  const uint64_t all = bits_between(0, N * kWidth);
+  for (int64_t j = 0; j < nk; ++j) {
+    const int64_t at = j * kQueries + c;
+    const uint64_t bits = seen ? seen[j] >> c & all : all;
+    ATTN_UNROLL
+    for (int i = 0; i < N; ++i) {
+      Vec x = mul(exp_of(sub(load(w.p + at + i * kWidth), m[i])), inverse[i]);
+      Vec y = ds ? mul(x, sub(load(ds + at + i * kWidth), delta[i])) : zero();
+      if (bits != all) {
+        const Lanes on = lanes_of(bits >> (i * kWidth) & bits_between(0, kWidth));
+        x = select(on, x, zero());
+        y = select(on, y, zero());
+      }
+      store(w.p + at + i * kWidth, x);
+      if (ds) store(ds + at + i * kWidth, y);
+    }
+  }
+}
+
+ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nq, int64_t nk, const GradientSpace& w, Real* ds) {
+  int64_t c = 0;
+  for (; c + kWidth < nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, w, ds);
+  if (c < nq) differentiate_columns<1>(seen, c, nk, w, ds);
+}
+
+// ds times the derivative of the soft cap, which is anything where the pair is hidden.
+ATTN_NOINLINE void times_cap(const uint64_t* seen, int64_t nq, int64_t nk, const Real* d_cap, Real* ds) {
+  for (int64_t j = 0; j < nk; ++j)
+    for (int64_t c = 0; c < nq; c += kWidth) {
+      const int64_t at = j * kQueries + c;
+      Vec x = mul(load(ds + at), load(d_cap + at));
+      if (seen) x = select(lanes_of(seen[j] >> c & bits_between(0, kWidth)), x, zero());
+      store(ds + at, x);
+    }
+}
+
+// to[query] += the sum over keys of p[key][query] other[key][query] factor, hidden pairs left out.
+ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p, const Real* other, Real factor,
+                                Real* to) {
+  for (int64_t c = 0; c < nq; c += kWidth) {
+    Vec total = zero();
+    for (int64_t j = 0; j < nk; ++j) {
+      Vec x = mul(load(p + j * kQueries + c), load(other + j * kQueries + c));
+      if (seen) x = select(lanes_of(seen[j] >> c & bits_between(0, kWidth)), x, zero());
+      total = add(total, x);
+    }
+    store(to + c, fma(total, set(factor), load(to + c)));
+  }
+}
+
+// One head of one sequence, at a tile of queries, at a tile of keys.
+template <class T>
+struct GradientTile {
+  const Problem& p;
+  const Backward& b;
+  const Sequence& s;
+  const int64_t head;
+  const GradientSpace& w;
+  const Mask mask;
+  const Extras extras;
+  const Dropout dropout;
+
+  int64_t q0 = 0, nq = 0, first = 0;  // `first`: of the queries in m, l and d_lse
+  uint64_t live = 0;                  // the queries that are not dead
+  Operand q{}, g{};
+
+  int64_t k0 = 0, nk = 0;
+  const uint64_t* seen = nullptr;  // null: all
+  Operand k{};
+
+  GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t h, const GradientSpace& space)
+      : p(problem),
+        b(backward),
+        s(sequence),
+        head(h),
+        w(space),
+        mask(problem, sequence, h),
+        extras(problem, sequence, h),
+        dropout(problem, sequence, h) {}
+
+  int64_t step() const { return least<int64_t>(mask.tile_keys(), kGradientKeys); }
+  Range range() const {
+    const Range r = mask.keys(q0, nq);
+    return {r.begin / 64 * 64, r.end};
+  }
+
+  // The live queries [from, from + n). Without `deltas` delta stays as it is.
+  void queries(int64_t from, int64_t n) {
+    q0 = from;
+    nq = n;
+    first = (s.batch * p.Hq + head) * p.L + s.q_first + q0;
+    live = 0;
+    for (int64_t i = 0; i < kQueries; ++i) {
+      const Real total = i < nq ? static_cast<const Real*>(p.l)[first + i] : 0;
+      const bool alive = total != 0;
+      live |= static_cast<uint64_t>(alive) << i;
+      w.m[i] = alive ? static_cast<const Real*>(p.m)[first + i] : 0;
+      w.inverse[i] = alive ? 1 / total : 0;
+      w.delta[i] = 0;
+    }
+    q = live_rows(rows_at<const T>(p.q, s.batch, head, s.q_first + q0), p.q.row, p.D, w.q);
+    g = live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, w.g);
+    pack_columns(q.data, q.stride, nq, p.D, static_cast<Real>(p.scale), w.packed_q);
+    pack_columns(g.data, g.stride, nq, p.Dv, 1, w.packed_g);
+  }
+
+  // delta of these queries.
+  void find_delta() {
+    const T* out = rows_at<const T>(p.out, s.batch, head, s.q_first + q0);
+    for (int64_t i = 0; i < nq; ++i) {
+      if (!(live >> i & 1)) continue;
+      Vec total = zero();
+      for (int64_t d = 0; d < p.Dv; d += kWidth)
+        total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load_some(g.data + i * g.stride + d, p.Dv - d), total);
+      w.delta[i] = sum(total) - (b.d_lse ? static_cast<const Real*>(b.d_lse)[first + i] : 0);
+    }
+    if (!b.d_weights.data) return;
+    const Range r = range();
+    for (int64_t at = r.begin; at < r.end; at += step()) {
+      if (!keys(at, least(step(), r.end - at))) continue;
+      scores(nullptr);
+      differentiate(seen, nq, nk, w, nullptr);
+      if (dropout.on) drop(w.kept, dropout.inverse, nq, nk, w.p);
+      read_weights();
+      add_products(seen, nq, nk, w.p, w.added, share(), w.delta);
+    }
+  }
+
+  // The keys [from, from + n); false where no pair is visible.
+  bool keys(int64_t from, int64_t n) {
+    k0 = from;
+    nk = n;
+    const Visible visible = classify(mask, q0, nq, k0, nk, w.seen);
+    if (visible == kEmpty) return false;
+    seen = visible == kPartial ? w.seen : nullptr;
+    if (live != bits_between(0, nq)) {
+      for (int64_t j = 0; j < nk; ++j) w.seen[j] = seen ? w.seen[j] & live : live;
+      seen = w.seen;
+    }
+    k = right_operand(rows_at<const T>(p.k, s.batch, key_head(), s.k_first + k0), p.k.row, nk, p.D, w.k);
+    return true;
+  }
+
+  // Leaves P in w.p, before dropout, and in w.ds the gradient of the scores as they are before the mask.
+  void gradient() {
+    scores(p.softcap > 0 ? w.d_cap : nullptr);
+    const Operand v = left_operand(rows_at<const T>(p.v, s.batch, key_head(), s.k_first + k0), p.v.row, nk, p.Dv, w.v);
+    score_products(v, p.Dv, w.packed_g, nq, nk, seen, w.ds);
+    if (b.d_weights.data) add_weights();
+    if (dropout.on) drop(w.kept, dropout.inverse, nq, nk, w.ds);
+    differentiate(seen, nq, nk, w, w.ds);
+  }
+
+  int64_t key_head() const { return head / (p.Hq / p.Hkv); }
+
+ private:
+  // Rows of queries as they are, or copied with zeros where they are dead.
+  Operand live_rows(const T* from, int64_t stride, int64_t width, Real* space) const {
+    if (live == bits_between(0, nq)) return right_operand(from, stride, nq, width, space);
+    const int64_t wide = round_up(width, kWidth);
+    widen_rows(from, stride, nq, width, space, wide);
+    for (int64_t i = 0; i < nq; ++i)
+      if (!(live >> i & 1)) zero_row(wide, space + i * wide);
+    return {space, wide};
+  }
+
+  void scores(Real* d_cap) {
+    score_tile(extras, k, p.D, w.packed_q, q0, nq, k0, nk, seen, w.added, w.p, d_cap);
+    if (dropout.on) dropout_tile(dropout, q0, nq, k0, nk, w.kept);
+  }
+
+  Real share() const { return b.average ? 1 / static_cast<Real>(p.Hq) : 1; }
+
+  void read_weights() {
+    const Dense& d = b.d_weights;
+    const T* at = static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + q0 * d.row + k0 * d.col;
+    read_bias(at, d.row, d.col, nq, nk, w.added);
+  }
+  void add_weights() {
+    read_weights();
+    const Vec factor = set(share());
+    for (int64_t j = 0; j < nk; ++j)
+      for (int64_t c = 0; c < nq; c += kWidth) {
+        const int64_t at = j * kQueries + c;
+        store(w.ds + at, fma(load(w.added + at), factor, load(w.ds + at)));
+      }
+  }
+};
+
+}  // namespace
+}  // namespace attn::cpu::ATTN_ISA
