@@ -12,7 +12,9 @@ import functools
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,8 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path()))  # its ops are registered as it is loaded
     library.attn_cpu_select.argtypes, library.attn_cpu_select.restype = [ctypes.c_char_p], ctypes.c_char_p
     library.attn_cpu_poison.argtypes, library.attn_cpu_poison.restype = [ctypes.c_int], None
+    library.attn_cpu_multiply_adds.argtypes = [ctypes.c_int64]
+    library.attn_cpu_multiply_adds.restype = ctypes.c_double
     return library
 
 
@@ -137,3 +141,16 @@ def poison(on: bool) -> None:
     """Whether new outputs start as NaN, so that a test sees what a kernel does not write."""
     if load() is None:
         _open().attn_cpu_poison(int(on))
+
+
+def peak_gflops(threads: int | None = None) -> float:
+    """GFLOP/s of float32 multiply-adds in registers on so many threads (torch's number), the best of a few tries."""
+    if load() is not None:
+        return 0.0
+    run, threads, rounds, best = _open().attn_cpu_multiply_adds, threads or torch.get_num_threads(), 1_000_000, 0.0
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter's lock
+        for _ in range(5):
+            start = time.perf_counter()
+            done = sum(pool.map(run, [rounds] * threads))
+            best = max(best, done / (time.perf_counter() - start) / 1e9)
+    return best

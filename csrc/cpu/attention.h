@@ -82,6 +82,7 @@ struct Kernels {
   void (*weights)(const Problem&, const Weights&);  // from m, l
   void (*backward)(const Problem&, const Backward&);
   void (*decode)(const Decode&);
+  double (*multiply_adds)(int64_t rounds);  // see peak.h
 };
 
 // The best that this CPU runs, or the one named (as ATTN_CPU_ISA names it); null where it cannot run or is not known.

@@ -329,3 +329,9 @@ ATTN_EXPORT const char* attn_cpu_select(const char* isa) {
 
 // Whether new outputs are filled with NaN before a kernel writes them: for tests.
 ATTN_EXPORT void attn_cpu_poison(int on) { attn::cpu::poisoned.store(on != 0, std::memory_order_relaxed); }
+
+// Floating-point operations done in `rounds` of nothing but multiply-adds, for the peak that benchmarks measure.
+ATTN_EXPORT double attn_cpu_multiply_adds(int64_t rounds) {
+  const attn::cpu::Kernels* set = attn::cpu::selected.load(std::memory_order_relaxed);
+  return set == nullptr ? 0.0 : set->multiply_adds(rounds);
+}

@@ -2,6 +2,7 @@
 #pragma once
 #include "decode.h"
 #include "forward.h"
+#include "peak.h"
 
 // Defined in isa_f64.cpp and backward_f64.cpp: float64 for all sets.
 namespace attn::cpu::f64 {
@@ -53,7 +54,7 @@ void decode(const Decode& d) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {ATTN_ISA_NAME, forward, weights, any_backward, decode};
+const Kernels table = {ATTN_ISA_NAME, forward, weights, any_backward, decode, multiply_adds};
 #endif
 
 }  // namespace attn::cpu::ATTN_ISA
