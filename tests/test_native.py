@@ -14,7 +14,7 @@ from torch import Tensor
 import attn
 from attn import native, planner
 from attn.backends import load
-from attn.spec import DecodeOperands, Operands
+from attn.spec import AttentionSpec, DecodeOperands, Operands
 from attn.testing import assert_case, cases, run_case
 
 EXPECTED = [name for name in os.environ.get("ATTN_EXPECT", "").split(",") if name]
@@ -253,6 +253,23 @@ def test_a_call_costs_less_than_pytorchs_own() -> None:
             theirs = timeit(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), number=100)
             ratios.append(theirs / ours)
     assert sorted(ratios)[7] > 1, ratios
+
+
+@loaded
+def test_the_planner_takes_it_where_it_is_the_faster_one() -> None:
+    if "avx2" not in native.usable():
+        pytest.skip("no instruction set whose speed has been measured")
+    plain = AttentionSpec(head_dim=64, value_dim=64)
+    served = {}
+    for isa in ("avx2", "portable"):
+        planner.forget()
+        with native.use_isa(isa):
+            served[isa] = [planner.choose(plain._replace(**c)).name for c in ({}, {"softcap": True}, {"grad": True})]
+            double = planner.explain_spec(plain._replace(dtype=torch.float64))
+            assert double.chosen == "sdpa"
+            assert "slower than PyTorch's own in float64 inference" in str(double.reasons["cpu"])
+    planner.forget()
+    assert served == {"avx2": ["cpu", "cpu", "cpu"], "portable": ["sdpa", "cpu", "sdpa"]}
 
 
 def test_without_the_library_everything_else_works(monkeypatch: pytest.MonkeyPatch) -> None:
