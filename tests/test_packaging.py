@@ -34,7 +34,9 @@ def built(what: str, source: Path, target: Path, **env: str) -> subprocess.Compl
     target.mkdir(parents=True, exist_ok=True)
     code = f"import sys, setuptools.build_meta as b; b.build_{what}(sys.argv[1])"
     command = [sys.executable, "-c", code, str(target)]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True, env=os.environ | env)
+    return subprocess.run(
+        command, cwd=source, capture_output=True, text=True, env=os.environ | {"ATTN_CPP": "auto"} | env
+    )
 
 
 def build(what: str, source: Path, target: Path, **env: str) -> Path:
