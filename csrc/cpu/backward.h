@@ -13,10 +13,10 @@ namespace {
 
 struct BackwardSpace {
   GradientSpace tile;
-  Real *dq, *dk;  // dk: of all keys, then dv
+  Real* sums;  // dk of all keys, then dv
 
-  BackwardSpace(Carver& c, const Problem* p, const Backward* b, int64_t sums)
-      : tile(c, *p, *b), dq(c.take<Real>(round_up(p->D, kWidth) * kQueries)), dk(c.take<Real>(sums)) {}
+  BackwardSpace(Carver& c, const Problem* p, const Backward* b, int64_t tiles, int64_t size)
+      : tile(c, *p, *b, tiles), sums(c.take<Real>(size)) {}
 };
 
 // What the units of a call share.
@@ -31,7 +31,15 @@ struct SharedSpace {
 };
 
 // Enough for some dozen cores; a chunk of fewer rows would cost more to add than it saves.
+constexpr int64_t kTilesBytes = 256 * 1024;
 constexpr int64_t kUnitsWanted = 16, kChunkRows = 1024, kMaxChunks = 8;
+
+// Tiles of queries that meet a tile of keys together, so that the keys and their sums come from far less often: as many
+// as stay in the second cache beside them.
+ATTN_INLINE int64_t tiles_together(const Problem& p) {
+  const int64_t each = (3 * p.D + 2 * p.Dv) * kQueries * static_cast<int64_t>(sizeof(Real));
+  return clamp(kTilesBytes / each, 1, kMostTiles);
+}
 
 ATTN_INLINE int64_t chunks_of(const Problem& p) {
   const int64_t heads = sequences(p) * p.Hkv, rows = p.L / most<int64_t>(1, sequences(p)) * (p.Hq / p.Hkv);
@@ -45,8 +53,8 @@ struct BackwardPass {
   const Backward& b;
   const int64_t chunks;
   const SharedSpace shared;
-  const bool bias_here;  // whether the main pass writes d_bias
-  const int64_t wide_k, wide_v;
+  const bool bias_here, bias_later;  // whether this pass writes d_bias, or one after it
+  const int64_t tiles = tiles_together(p), wide_k = round_up(p.D, kWidth), wide_v = round_up(p.Dv, kWidth);
 
   // dk of keys of one sequence and key head, then dv.
   struct Sums {
@@ -58,43 +66,59 @@ struct BackwardPass {
     return sums_at(shared.partials + row * (wide_k + wide_v), s.keys);
   }
 
-  // `rows` rows of q from q0 on, of which those from s.queries on are dead.
-  void queries(GradientTile<T>& t, int64_t q0, int64_t rows, const Sums& to, Real* dq) const {
-    const Sequence& s = t.s;
-    const int64_t live = clamp(s.queries - q0, 0, rows);
-    if (bias_here) clear_bias_rows(p, b.d_bias, s.batch, t.head, q0, rows);
-    bool first = true;
-    if (live > 0) {
-      t.queries(q0, live);
-      t.find_delta();
-      if (shared.deltas && b.d_bias.data && !bias_here)
-        memcpy(shared.deltas + t.first, t.w.delta, static_cast<size_t>(live) * sizeof(Real));
-      const Range r = t.range();
-      for (int64_t k0 = r.begin; k0 < r.end; k0 += t.step()) {
-        if (!t.keys(k0, least(t.step(), r.end - k0))) continue;
-        keys(t, to, dq, first);
-        first = false;
+  // `n` tiles of queries that were read, against all keys.
+  void against_keys(GradientTile<T>& t, int64_t n, const Sums& to) const {
+    GradientQueries* tiles = t.w.queries;
+    Range all = tiles[0].keys;
+    for (int64_t i = 1; i < n; ++i) all = {least(all.begin, tiles[i].keys.begin), most(all.end, tiles[i].keys.end)};
+    for (int64_t k0 = all.begin; k0 < all.end; k0 += t.step())
+      for (int64_t i = 0; i < n; ++i) {
+        t.of = tiles + i;
+        const int64_t nk = least(t.step(), t.of->keys.end - k0);
+        if (nk > 0 && t.go_to_keys(k0, nk)) add_tile(t, to);
       }
-    }
-    T* out = rows_at<T>(b.dq, s.batch, t.head, s.q_first + q0);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (first || i >= live)
-        zero_row(p.D, out + i * b.dq.row);
-      else
-        write_row(dq + i * wide_k, static_cast<Real>(p.scale), p.D, out + i * b.dq.row);
-    }
   }
 
-  // A tile of keys that is not empty.
-  void keys(GradientTile<T>& t, const Sums& to, Real* dq, bool first) const {
+  // A tile that is not empty.
+  void add_tile(GradientTile<T>& t, const Sums& to) const {
     const GradientSpace& w = t.w;
+    GradientQueries& of = *t.of;
     t.gradient();
     if (bias_here) write_bias_tile(t);
-    if (p.softcap > 0) times_cap(t.seen, t.nq, t.nk, w.d_cap, w.ds);
-    if (t.dropout.on) drop(w.kept, t.dropout.inverse, t.nq, t.nk, w.p);
-    add_to_keys(t.mask, t.q0, t.nq, t.k0, t.nk, w.p, t.g, p.Dv, to.dv + t.k0 * wide_v);
-    add_to_keys(t.mask, t.q0, t.nq, t.k0, t.nk, w.ds, t.q, p.D, to.dk + t.k0 * wide_k);
-    add_to_queries(t.mask, t.q0, t.nq, t.k0, t.nk, w.ds, t.k, p.D, dq, first);
+    if (p.softcap > 0) times_cap(t.seen, of.nq, t.nk, w.d_cap, w.ds);
+    if (t.dropout.on) drop(w.kept, t.dropout.inverse, of.nq, t.nk, w.p);
+    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, w.p, of.g, p.Dv, to.dv + t.k0 * wide_v);
+    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, w.ds, of.q, p.D, to.dk + t.k0 * wide_k);
+    add_to_queries(t.mask, of.q0, of.nq, t.k0, t.nk, w.ds, t.k, p.D, of.dq, of.untouched);
+    of.untouched = false;
+  }
+
+  // The queries [begin, end) of a head, whole tiles up to its last row. Rows from s.queries on are dead.
+  void queries(GradientTile<T>& t, int64_t begin, int64_t end, const Sums& to) const {
+    const Sequence& s = t.s;
+    if (bias_here && end > begin) clear_bias_rows(p, b.d_bias, s.batch, t.head, begin, end - begin);
+    const int64_t live = clamp(s.queries, begin, end);
+    for (int64_t q0 = begin; q0 < live;) {
+      int64_t n = 0;
+      for (; n < tiles && q0 < live; ++n, q0 += kQueries) {
+        t.read_queries(t.w.queries[n], q0, least<int64_t>(kQueries, live - q0));
+        t.find_delta();
+        if (bias_later) memcpy(shared.deltas + t.of->first, t.of->delta, static_cast<size_t>(t.of->nq) * sizeof(Real));
+      }
+      against_keys(t, n, to);
+      for (int64_t i = 0; i < n; ++i) write_queries(t, t.w.queries[i]);
+    }
+    for (int64_t i = live; i < end; ++i) zero_row(p.D, rows_at<T>(b.dq, s.batch, t.head, s.q_first + i));
+  }
+
+  void write_queries(const GradientTile<T>& t, const GradientQueries& of) const {
+    T* out = rows_at<T>(b.dq, t.s.batch, t.head, t.s.q_first + of.q0);
+    for (int64_t i = 0; i < of.nq; ++i) {
+      if (of.untouched)
+        zero_row(p.D, out + i * b.dq.row);
+      else
+        write_row(of.dq + i * wide_k, static_cast<Real>(p.scale), p.D, out + i * b.dq.row);
+    }
   }
 
   // The keys [begin, end) of s, of which those from s.keys on are 0, out of the sums of all its keys.
@@ -115,25 +139,32 @@ struct BackwardPass {
     return p.N > 0 ? p.cu_seqlens_k[s.number + 1] - p.cu_seqlens_k[s.number] : p.S;
   }
 
-  // The tiles of queries of a key head, those of its query heads one after another, cut into chunks of like cost.
+  // The tiles of queries of a key head, those of its query heads one after another, are cut into chunks of like cost.
   static void unit(void* context, int64_t i) {
     const auto& f = *static_cast<const BackwardPass*>(context);
     const Problem& p = f.p;
     const int64_t chunk = i % f.chunks, key_head = i / f.chunks % p.Hkv, group = p.Hq / p.Hkv;
     const Sequence s(p, i / f.chunks / p.Hkv);
-    const int64_t sums = s.keys * (f.wide_k + f.wide_v);
-    const BackwardSpace w = carve<BackwardSpace>(&p, &f.b, f.chunks > 1 ? 0 : sums);
-    const Sums to = f.chunks > 1 ? f.partial(s, key_head, chunk) : f.sums_at(w.dk, s.keys);
-    zero_row(sums, to.dk);
-    const int64_t total = f.chunks > 1 ? group * cost(Mask(p, s, key_head * group), s.rows) : 1;
+    const int64_t size = s.keys * (f.wide_k + f.wide_v);
+    BackwardSpace w = carve<BackwardSpace>(&p, &f.b, f.tiles, f.chunks > 1 ? 0 : size);
+    const Sums to = f.chunks > 1 ? f.partial(s, key_head, chunk) : f.sums_at(w.sums, s.keys);
+    zero_row(size, to.dk);
+    const int64_t total = f.chunks > 1 ? group * cost(Mask(p, s, key_head * group), s.rows) : 0;
     int64_t done = 0;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       GradientTile<T> t(p, f.b, s, head, w.tile);
-      for (int64_t q0 = 0; q0 < s.rows; q0 += kQueries) {
-        const int64_t rows = least<int64_t>(kQueries, s.rows - q0);
-        if (f.chunks == 1 || done * f.chunks / total == chunk) f.queries(t, q0, rows, to, w.dq);
-        if (f.chunks > 1) done += tile_cost(t.mask, q0, rows);
+      if (f.chunks == 1) {
+        f.queries(t, 0, s.rows, to);
+        continue;
       }
+      int64_t begin = s.rows, end = s.rows;
+      for (int64_t q0 = 0; q0 < s.rows; q0 += kQueries) {
+        const int64_t mine = done * f.chunks / total;
+        if (mine == chunk) begin = least(begin, q0);
+        if (mine > chunk) end = least(end, q0);
+        done += tile_cost(t.mask, q0, least<int64_t>(kQueries, s.rows - q0));
+      }
+      f.queries(t, begin, most(begin, end), to);
     }
     if (f.chunks == 1) f.write_keys(s, key_head, 0, f.key_rows(s), to);
   }
@@ -187,7 +218,7 @@ void backward_of(const Problem& p, const Backward& b) {
   Carver counted{0};
   SharedSpace(counted, p, chunks, bias_later);
   Carver real{counted.at > 0 ? reinterpret_cast<uintptr_t>(call_scratch(counted.at)) : 0};
-  BackwardPass<T> f{p, b, chunks, SharedSpace(real, p, chunks, bias_later), bias_here, round_up(p.D, kWidth), round_up(p.Dv, kWidth)};
+  BackwardPass<T> f{p, b, chunks, SharedSpace(real, p, chunks, bias_later), bias_here, bias_later};
   f.zero_rest();
   run_units(heads * chunks, 2.5 * multiplications(p), BackwardPass<T>::unit, &f);
   if (chunks > 1) run_units(heads * f.kKeyParts, 1e9, BackwardPass<T>::add_chunks, &f);

@@ -36,8 +36,8 @@ template <class T>
 ATTN_INLINE void write_bias_tile(const GradientTile<T>& t) {
   const Dense& d = t.b.d_bias;
   typed(d, [&](auto* to) {
-    to += t.s.batch * d.batch + t.head * d.head + t.q0 * d.row + t.k0 * d.col;
-    write_transposed(t.w.ds, 1, t.nq, t.nk, to, d.row);
+    to += t.s.batch * d.batch + t.head * d.head + t.of->q0 * d.row + t.k0 * d.col;
+    write_transposed(t.w.ds, 1, t.of->nq, t.nk, to, d.row);
   });
 }
 
@@ -46,7 +46,7 @@ struct BiasSpace {
   Real* sums;  // [key][query]
 
   BiasSpace(Carver& c, const Problem* p, const Backward* b)
-      : tile(c, *p, *b), sums(c.take<Real>(kGradientKeys * kQueries)) {}
+      : tile(c, *p, *b, 1), sums(c.take<Real>(kGradientKeys * kQueries)) {}
 };
 
 template <class T>
@@ -79,7 +79,7 @@ struct BiasGradient {
     const Dense& d = f.b.d_bias;
     const Part keys(i, f.p.S, f.step, d.col == 0), rows(i, f.p.L, kQueries, d.row == 0);
     const Part heads(i, f.p.Hq, 1, d.head == 0), batch(i, f.p.B, 1, d.batch == 0);
-    const BiasSpace w = carve<BiasSpace>(&f.p, &f.b);
+    BiasSpace w = carve<BiasSpace>(&f.p, &f.b);
     zero_row(kGradientKeys * kQueries, w.sums);
     for (int64_t n = batch.begin; n < batch.end; ++n) {
       const Sequence s(f.p, n);
@@ -94,18 +94,18 @@ struct BiasGradient {
     });
   }
 
-  void add_head(const Sequence& s, int64_t head, const Part& rows, const Part& keys, const BiasSpace& w) const {
+  void add_head(const Sequence& s, int64_t head, const Part& rows, const Part& keys, BiasSpace& w) const {
     GradientTile<T> t(p, b, s, head, w.tile);
     for (int64_t q0 = rows.begin; q0 < least(rows.end, s.queries); q0 += kQueries) {
       const int64_t nq = least<int64_t>(kQueries, s.queries - q0);
       const Range r = t.mask.keys(q0, nq);
       const int64_t end = least(keys.end, r.end);
       if (keys.end <= r.begin || keys.begin >= end) continue;
-      t.queries(q0, nq);
-      memcpy(w.tile.delta, deltas + t.first, static_cast<size_t>(nq) * sizeof(Real));
+      t.read_queries(w.tile.queries[0], q0, nq);
+      memcpy(t.of->delta, deltas + t.of->first, static_cast<size_t>(nq) * sizeof(Real));
       for (int64_t k0 = keys.begin; k0 < end; k0 += step) {
         const int64_t nk = least(step, end - k0);
-        if (!t.keys(k0, nk)) continue;
+        if (!t.go_to_keys(k0, nk)) continue;
         t.gradient();
         add_tile(nq, nk, w.tile.ds, w.sums);
       }

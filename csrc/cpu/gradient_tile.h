@@ -11,30 +11,47 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-constexpr int64_t kGradientKeys = 96;  // per tile: two tiles of scores, and K and V of 64 columns, in the second cache
+constexpr int64_t kGradientKeys = 96;  // per tile
+constexpr int64_t kMostTiles = 4;
 
-struct GradientSpace {
-  Real *packed_q, *packed_g, *q, *g, *k, *v;
-  Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
-  Real *m, *inverse, *delta;     // per query
-  uint64_t *seen, *kept;
+// A tile of queries: what is known of it before any key.
+struct GradientQueries {
+  Real *packed_q, *packed_g, *q_space, *g_space, *dq;
+  Real *m, *inverse, *delta;
+  Operand q, g;
+  int64_t q0, nq, first;  // `first`: of them in m, l and d_lse
+  uint64_t live;          // those that are not dead
+  Range keys;             // outside which none of them sees any
+  bool untouched;         // nothing has been added to dq
 
-  GradientSpace(Carver& c, const Problem& problem, const Backward& b) {
-    const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
-    const int64_t tile = kGradientKeys * kQueries;
+  ATTN_INLINE void take(Carver& c, int64_t wide_k, int64_t wide_v) {
     packed_q = c.take<Real>(wide_k * kQueries);
     packed_g = c.take<Real>(wide_v * kQueries);
-    q = c.take<Real>(wide_k * kQueries);
-    g = c.take<Real>(wide_v * kQueries);
+    q_space = c.take<Real>(wide_k * kQueries);
+    g_space = c.take<Real>(wide_v * kQueries);
+    dq = c.take<Real>(wide_k * kQueries);
+    m = c.take<Real>(kQueries);
+    inverse = c.take<Real>(kQueries);
+    delta = c.take<Real>(kQueries);
+  }
+};
+
+struct GradientSpace {
+  GradientQueries queries[kMostTiles];
+  Real *k, *v;
+  Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
+  uint64_t *seen, *kept;
+
+  GradientSpace(Carver& c, const Problem& problem, const Backward& b, int64_t tiles) {
+    const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
+    const int64_t tile = kGradientKeys * kQueries;
+    for (int64_t i = 0; i < tiles; ++i) queries[i].take(c, wide_k, wide_v);
     k = c.take<Real>(wide_k * kGradientKeys);
     v = c.take<Real>(wide_v * kGradientKeys);
     p = c.take<Real>(tile);
     ds = c.take<Real>(tile);
     d_cap = c.take<Real>(problem.softcap > 0 ? tile : 0);
     added = c.take<Real>(problem.bias.data || b.d_weights.data ? tile : 0);
-    m = c.take<Real>(kQueries);
-    inverse = c.take<Real>(kQueries);
-    delta = c.take<Real>(kQueries);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
   }
@@ -42,13 +59,14 @@ struct GradientSpace {
 
 // p: scores to probabilities, and ds: dP to dS where it is given. Hidden pairs become 0, whatever stands there.
 template <int N>
-ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientSpace& w, Real* ds) {
+ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientQueries& of, Real* p,
+                                       Real* ds) {
   Vec m[N], inverse[N], delta[N];
   ATTN_UNROLL
   for (int i = 0; i < N; ++i) {
-    m[i] = load(w.m + c + i * kWidth);
-    inverse[i] = load(w.inverse + c + i * kWidth);
-    delta[i] = load(w.delta + c + i * kWidth);
+    m[i] = load(of.m + c + i * kWidth);
+    inverse[i] = load(of.inverse + c + i * kWidth);
+    delta[i] = load(of.delta + c + i * kWidth);
   }
   const uint64_t all = bits_between(0, N * kWidth);
   for (int64_t j = 0; j < nk; ++j) {
@@ -56,23 +74,23 @@ ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t 
     const uint64_t bits = seen ? seen[j] >> c & all : all;
     ATTN_UNROLL
     for (int i = 0; i < N; ++i) {
-      Vec x = mul(exp_of(sub(load(w.p + at + i * kWidth), m[i])), inverse[i]);
+      Vec x = mul(exp_of(sub(load(p + at + i * kWidth), m[i])), inverse[i]);
       Vec y = ds ? mul(x, sub(load(ds + at + i * kWidth), delta[i])) : zero();
       if (bits != all) {
         const Lanes on = lanes_of(bits >> (i * kWidth) & bits_between(0, kWidth));
         x = select(on, x, zero());
         y = select(on, y, zero());
       }
-      store(w.p + at + i * kWidth, x);
+      store(p + at + i * kWidth, x);
       if (ds) store(ds + at + i * kWidth, y);
     }
   }
 }
 
-ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nq, int64_t nk, const GradientSpace& w, Real* ds) {
+ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nk, const GradientQueries& of, Real* p, Real* ds) {
   int64_t c = 0;
-  for (; c + kWidth < nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, w, ds);
-  if (c < nq) differentiate_columns<1>(seen, c, nk, w, ds);
+  for (; c + kWidth < of.nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, of, p, ds);
+  if (c < of.nq) differentiate_columns<1>(seen, c, nk, of, p, ds);
 }
 
 // ds times the derivative of the soft cap, which is anything where the pair is hidden.
@@ -87,8 +105,8 @@ ATTN_NOINLINE void times_cap(const uint64_t* seen, int64_t nq, int64_t nk, const
 }
 
 // to[query] += the sum over keys of p[key][query] other[key][query] factor, hidden pairs left out.
-ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p, const Real* other, Real factor,
-                                Real* to) {
+ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p, const Real* other,
+                                Real factor, Real* to) {
   for (int64_t c = 0; c < nq; c += kWidth) {
     Vec total = zero();
     for (int64_t j = 0; j < nk; ++j) {
@@ -107,132 +125,135 @@ struct GradientTile {
   const Backward& b;
   const Sequence& s;
   const int64_t head;
-  const GradientSpace& w;
+  GradientSpace& w;
   const Mask mask;
   const Extras extras;
   const Dropout dropout;
 
-  int64_t q0 = 0, nq = 0, first = 0;  // `first`: of the queries in m, l and d_lse
-  uint64_t live = 0;                  // the queries that are not dead
-  Operand q{}, g{};
-
+  GradientQueries* of = nullptr;
   int64_t k0 = 0, nk = 0;
   const uint64_t* seen = nullptr;  // null: all
-  Operand k{};
+  Operand k{}, v{};
+  int64_t read_from = -1;  // the first key of k and v
 
-  GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t h, const GradientSpace& space)
+  GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t which,
+               GradientSpace& space)
       : p(problem),
         b(backward),
         s(sequence),
-        head(h),
+        head(which),
         w(space),
-        mask(problem, sequence, h),
-        extras(problem, sequence, h),
-        dropout(problem, sequence, h) {}
+        mask(problem, sequence, which),
+        extras(problem, sequence, which),
+        dropout(problem, sequence, which) {}
 
   int64_t step() const { return least<int64_t>(mask.tile_keys(), kGradientKeys); }
-  Range range() const {
-    const Range r = mask.keys(q0, nq);
-    return {r.begin / 64 * 64, r.end};
-  }
 
-  // The live queries [from, from + n). Without `deltas` delta stays as it is.
-  void queries(int64_t from, int64_t n) {
-    q0 = from;
-    nq = n;
-    first = (s.batch * p.Hq + head) * p.L + s.q_first + q0;
-    live = 0;
+  // Goes to the live queries [q0, q0 + nq), which are read into `queries`; their delta is 0.
+  void read_queries(GradientQueries& queries, int64_t q0, int64_t nq) {
+    of = &queries;
+    of->q0 = q0;
+    of->nq = nq;
+    of->first = (s.batch * p.Hq + head) * p.L + s.q_first + q0;
+    of->live = 0;
+    of->untouched = true;
+    const Range r = mask.keys(q0, nq);
+    of->keys = {r.begin / 64 * 64, r.end};
     for (int64_t i = 0; i < kQueries; ++i) {
-      const Real total = i < nq ? static_cast<const Real*>(p.l)[first + i] : 0;
+      const Real total = i < nq ? static_cast<const Real*>(p.l)[of->first + i] : 0;
       const bool alive = total != 0;
-      live |= static_cast<uint64_t>(alive) << i;
-      w.m[i] = alive ? static_cast<const Real*>(p.m)[first + i] : 0;
-      w.inverse[i] = alive ? 1 / total : 0;
-      w.delta[i] = 0;
+      of->live |= static_cast<uint64_t>(alive) << i;
+      of->m[i] = alive ? static_cast<const Real*>(p.m)[of->first + i] : 0;
+      of->inverse[i] = alive ? 1 / total : 0;
+      of->delta[i] = 0;
     }
-    q = live_rows(rows_at<const T>(p.q, s.batch, head, s.q_first + q0), p.q.row, p.D, w.q);
-    g = live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, w.g);
-    pack_columns(q.data, q.stride, nq, p.D, static_cast<Real>(p.scale), w.packed_q);
-    pack_columns(g.data, g.stride, nq, p.Dv, 1, w.packed_g);
+    of->q = live_rows(rows_at<const T>(p.q, s.batch, head, s.q_first + q0), p.q.row, p.D, of->q_space);
+    of->g = live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, of->g_space);
+    pack_columns(of->q.data, of->q.stride, nq, p.D, static_cast<Real>(p.scale), of->packed_q);
+    pack_columns(of->g.data, of->g.stride, nq, p.Dv, 1, of->packed_g);
   }
 
   // delta of these queries.
   void find_delta() {
-    const T* out = rows_at<const T>(p.out, s.batch, head, s.q_first + q0);
-    for (int64_t i = 0; i < nq; ++i) {
-      if (!(live >> i & 1)) continue;
+    const T* out = rows_at<const T>(p.out, s.batch, head, s.q_first + of->q0);
+    for (int64_t i = 0; i < of->nq; ++i) {
+      if (!(of->live >> i & 1)) continue;
+      const Real* g = of->g.data + i * of->g.stride;
       Vec total = zero();
-      for (int64_t d = 0; d < p.Dv; d += kWidth)
-        total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load_some(g.data + i * g.stride + d, p.Dv - d), total);
-      w.delta[i] = sum(total) - (b.d_lse ? static_cast<const Real*>(b.d_lse)[first + i] : 0);
+      for (int64_t d = 0; d < p.Dv; d += kWidth) total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load(g + d), total);
+      of->delta[i] = sum(total) - (b.d_lse ? static_cast<const Real*>(b.d_lse)[of->first + i] : 0);
     }
     if (!b.d_weights.data) return;
-    const Range r = range();
-    for (int64_t at = r.begin; at < r.end; at += step()) {
-      if (!keys(at, least(step(), r.end - at))) continue;
+    for (int64_t at = of->keys.begin; at < of->keys.end; at += step()) {
+      if (!go_to_keys(at, least(step(), of->keys.end - at))) continue;
       scores(nullptr);
-      differentiate(seen, nq, nk, w, nullptr);
-      if (dropout.on) drop(w.kept, dropout.inverse, nq, nk, w.p);
+      differentiate(seen, nk, *of, w.p, nullptr);
+      if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.p);
       read_weights();
-      add_products(seen, nq, nk, w.p, w.added, share(), w.delta);
+      add_products(seen, of->nq, nk, w.p, w.added, share(), of->delta);
     }
   }
 
-  // The keys [from, from + n); false where no pair is visible.
-  bool keys(int64_t from, int64_t n) {
+  // Goes to the keys [from, from + n); false where no pair is visible.
+  bool go_to_keys(int64_t from, int64_t n) {
     k0 = from;
     nk = n;
-    const Visible visible = classify(mask, q0, nq, k0, nk, w.seen);
+    const Visible visible = classify(mask, of->q0, of->nq, k0, nk, w.seen);
     if (visible == kEmpty) return false;
     seen = visible == kPartial ? w.seen : nullptr;
-    if (live != bits_between(0, nq)) {
-      for (int64_t j = 0; j < nk; ++j) w.seen[j] = seen ? w.seen[j] & live : live;
+    if (of->live != bits_between(0, of->nq)) {
+      for (int64_t j = 0; j < nk; ++j) w.seen[j] = seen ? w.seen[j] & of->live : of->live;
       seen = w.seen;
     }
-    k = right_operand(rows_at<const T>(p.k, s.batch, key_head(), s.k_first + k0), p.k.row, nk, p.D, w.k);
+    if (read_from != k0) read_keys();
     return true;
   }
 
   // Leaves P in w.p, before dropout, and in w.ds the gradient of the scores as they are before the mask.
   void gradient() {
     scores(p.softcap > 0 ? w.d_cap : nullptr);
-    const Operand v = left_operand(rows_at<const T>(p.v, s.batch, key_head(), s.k_first + k0), p.v.row, nk, p.Dv, w.v);
-    score_products(v, p.Dv, w.packed_g, nq, nk, seen, w.ds);
+    score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, w.ds);
     if (b.d_weights.data) add_weights();
-    if (dropout.on) drop(w.kept, dropout.inverse, nq, nk, w.ds);
-    differentiate(seen, nq, nk, w, w.ds);
+    if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.ds);
+    differentiate(seen, nk, *of, w.p, w.ds);
   }
 
-  int64_t key_head() const { return head / (p.Hq / p.Hkv); }
-
  private:
+  // Once for all tiles of queries that meet them.
+  void read_keys() {
+    const int64_t n = least(step(), s.keys - k0), key_head = head / (p.Hq / p.Hkv);
+    k = near_operand(rows_at<const T>(p.k, s.batch, key_head, s.k_first + k0), p.k.row, n, p.D, w.k);
+    v = near_operand(rows_at<const T>(p.v, s.batch, key_head, s.k_first + k0), p.v.row, n, p.Dv, w.v);
+    read_from = k0;
+  }
+
   // Rows of queries as they are, or copied with zeros where they are dead.
   Operand live_rows(const T* from, int64_t stride, int64_t width, Real* space) const {
-    if (live == bits_between(0, nq)) return right_operand(from, stride, nq, width, space);
+    if (of->live == bits_between(0, of->nq)) return near_operand(from, stride, of->nq, width, space);
     const int64_t wide = round_up(width, kWidth);
-    widen_rows(from, stride, nq, width, space, wide);
-    for (int64_t i = 0; i < nq; ++i)
-      if (!(live >> i & 1)) zero_row(wide, space + i * wide);
+    widen_rows(from, stride, of->nq, width, space, wide);
+    for (int64_t i = 0; i < of->nq; ++i)
+      if (!(of->live >> i & 1)) zero_row(wide, space + i * wide);
     return {space, wide};
   }
 
   void scores(Real* d_cap) {
-    score_tile(extras, k, p.D, w.packed_q, q0, nq, k0, nk, seen, w.added, w.p, d_cap);
-    if (dropout.on) dropout_tile(dropout, q0, nq, k0, nk, w.kept);
+    score_tile(extras, k, p.D, of->packed_q, of->q0, of->nq, k0, nk, seen, w.added, w.p, d_cap);
+    if (dropout.on) dropout_tile(dropout, of->q0, of->nq, k0, nk, w.kept);
   }
 
   Real share() const { return b.average ? 1 / static_cast<Real>(p.Hq) : 1; }
 
   void read_weights() {
     const Dense& d = b.d_weights;
-    const T* at = static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + q0 * d.row + k0 * d.col;
-    read_bias(at, d.row, d.col, nq, nk, w.added);
+    const T* at = static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + of->q0 * d.row + k0 * d.col;
+    read_bias(at, d.row, d.col, of->nq, nk, w.added);
   }
   void add_weights() {
     read_weights();
     const Vec factor = set(share());
     for (int64_t j = 0; j < nk; ++j)
-      for (int64_t c = 0; c < nq; c += kWidth) {
+      for (int64_t c = 0; c < of->nq; c += kWidth) {
         const int64_t at = j * kQueries + c;
         store(w.ds + at, fma(load(w.added + at), factor, load(w.ds + at)));
       }

@@ -42,12 +42,16 @@ ATTN_NOINLINE void block(int64_t depth, const Real* a, int64_t as, const Real* b
   ATTN_UNROLL
   for (int r = 0; r < M; ++r)
     ATTN_UNROLL
-    for (int j = 0; j < N; ++j) acc[r][j] = init ? zero() : load(c + r * cs + j * kWidth);
+    for (int j = 0; j < N; ++j) acc[r][j] = zero();
   accumulate<M, N, side>(acc, a, as, b, bs, depth);
+  // What was there is added last: a sum over many tiles then rounds as often as there are tiles, not terms.
   ATTN_UNROLL
   for (int r = 0; r < M; ++r)
     ATTN_UNROLL
-    for (int j = 0; j < N; ++j) store(c + r * cs + j * kWidth, acc[r][j]);
+    for (int j = 0; j < N; ++j) {
+      Real* at = c + r * cs + j * kWidth;
+      store(at, init ? acc[r][j] : add(load(at), acc[r][j]));
+    }
 }
 
 using BlockFunction = void (*)(int64_t, const Real*, int64_t, const Real*, int64_t, Real*, int64_t, bool);

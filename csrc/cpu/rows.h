@@ -90,6 +90,13 @@ ATTN_INLINE Operand right_operand(const T* from, int64_t stride, int64_t rows, i
   widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
   return {space, round_up(width, kWidth)};
 }
+// The same, copied where the rows lie far apart: those of a packed projection would meet in few sets of the first cache.
+template <class T>
+ATTN_INLINE Operand near_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
+  if (stride <= round_up(width, kWidth)) return right_operand(from, stride, rows, width, space);
+  widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
+  return {space, round_up(width, kWidth)};
+}
 // As the left operand along rows, of which single numbers are read: in place for any width.
 template <class T>
 ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
