@@ -275,8 +275,9 @@ def jobs(quick: bool = False) -> list[Job]:
     wanted = [(a, bf16, d, f, TRAIN) for d in (64, 128, 100, 32) for a in three for f in COMMON if f != "causal"]
     wanted += [(arch, bf16, d, "causal", ALL) for d in dims for arch in ARCHS]
     wanted += [(arch, "tf32", d, "causal", TRAIN) for d in (64, 128) for arch in ARCHS]
+    wanted += [("sm_90", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
     wanted += [(arch, dtype, d, "causal", ALL) for d in (64, 128, 256) for dtype in DTYPES[1:3] for arch in ARCHS]
-    wanted += [(a, bf16, d, f, TRAIN) for a in ("sm_90", "sm_80") for d in (128, 64) for f in HEAVY_SETS]
+    wanted += [("sm_80", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
     wanted += [(arch, dtype, d, "causal", ALL) for d in (100, 32, 192) for dtype in DTYPES[1:3] for arch in ARCHS]
     return wanted
 

@@ -70,20 +70,55 @@ def compile_table() -> ModuleType:
     return importlib.import_module("attn.benchmarks.compile_table")
 
 
-KNOWN_FAULTS = {("sm_80", 100), ("sm_100", 128)}
-"""(architecture, head_dim) whose common kernels spill a few registers still; nothing may join them."""
+@needs_triton
+def test_the_committed_table_holds_what_it_must() -> None:
+    """No spills where none may be, nothing that does not fit, tensor cores in every product: `faults`."""
+    table = compile_table()
+    rows = table.load().values()
+    assert [what for row in rows for what in table.faults(row)] == []
+    found = {(row.arch, row.dtype, row.head_dim, row.kernel) for row in rows}
+    for arch in table.ARCHS:
+        for head_dim in table.HEAD_DIMS:
+            kernels = {"forward", "delta", "queries", *(("keys",) if head_dim <= 128 else ("dk", "dv"))}
+            assert {(arch, "bfloat16", head_dim, kernel) for kernel in kernels} <= found, (arch, head_dim)
+    assert {(row.arch, row.head_dim, row.features) for row in rows if table.gated(row)} == {
+        (arch, d, features)
+        for arch in ("sm_80", "sm_90", "sm_100")
+        for d in (32, 64, 100, 128)
+        for features in table.COMMON
+    }
+    training = [r for r in rows if r.arch == "sm_90" and r.kernel in ("forward", "keys", "dk", "dv", "queries")]
+    counted = [r for r in training if r.dtype in ("bfloat16", "float16")]
+    assert all(r.products["HGMMA"] >= r.dots["warp_group_dot"] >= r.dots["source"] >= 2 for r in counted)
+    assert len(counted) > 40
+    assert all(r.products for r in rows if r.dtype == "tf32" and r.dots["source"])
+    assert {r.arch for r in rows if r.dtype == "tf32"} == set(table.ARCHS)
 
 
 @needs_triton
-def test_the_committed_table_holds_what_it_must() -> None:
+def test_the_documents_show_the_committed_table() -> None:
     table = compile_table()
-    rows = table.load()
-    faults = {(row.arch, row.head_dim) for row in rows.values() if table.faults(row)}
-    assert faults <= KNOWN_FAULTS
-    assert {row.arch for row in rows.values()} == set(table.ARCHS)
-    assert {row.head_dim for row in rows.values()} >= {64, 100, 128, 256}
-    training = [r for r in rows.values() if r.arch == "sm_90" and r.kernel in ("forward", "keys", "queries")]
-    assert all(r.products.get("HGMMA") for r in training if r.dtype != "float32")
+    assert table.markdown(table.load()) in (ROOT / "docs" / "triton.md").read_text()
+
+
+def test_a_fault_of_a_kernel_is_seen() -> None:
+    table = compile_table()
+    row = table.Row(
+        *("sm_90", "forward", "bfloat16", 64, "causal", "128x128 w8 s2", 128, 0, 1 << 16, True),
+        *({"source": 2, "warp_group_dot": 2}, {"HGMMA": 12}, 66),
+    )
+    assert table.faults(row) == []
+    wrong = (
+        {"spills": 8},
+        {"fits": False},
+        {"dots": {"source": 2, "warp_group_dot": 1, "mma": 1}},
+        {"dtype": "tf32", "dots": {"source": 2, "mma": 1, "fma": 1}},
+        {"products": {}},
+    )
+    assert [len(table.faults(row._replace(**change))) for change in wrong] == [1] * 5
+    assert table.risen(row._replace(head_dim=256, spills=9), {"": row}) == []
+    assert table.risen(row._replace(spills=9), {row.key: row._replace(spills=8)}) != []
+    assert table.risen(row, {row.key: row._replace(spills=8)}) == []
 
 
 @needs_triton

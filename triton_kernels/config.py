@@ -74,7 +74,7 @@ _16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("sm_80", "dk"): {256: Tile(32, 64, 8)},
     ("sm_80", "dv"): {256: Tile(32, 64, 8)},
     ("sm_80", "queries"): {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8, 1)},
-    ("small", "forward"): {64: Tile(64, 64, 4), 128: Tile(128, 32, 8), 256: Tile(64, 32, 4, 1)},
+    ("small", "forward"): {64: Tile(64, 64, 4), 128: Tile(128, 32, 8), 256: Tile(64, 32, 8, 1)},
     ("small", "keys"): {64: Tile(32, 128, 8), 128: Tile(32, 64, 8)},
     ("small", "dk"): {256: Tile(32, 64, 8, 1)},
     ("small", "dv"): {256: Tile(32, 64, 8)},
