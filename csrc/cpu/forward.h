@@ -63,7 +63,7 @@ struct Forward {
     bool first = true;
     const Range range = mask.keys(q0, nq);
     const int64_t step = mask.tile_keys();
-    for (int64_t k0 = range.begin / 64 * 64; k0 < range.end; k0 += step) {
+    for (int64_t k0 = range.begin / step * step; k0 < range.end; k0 += step) {
       const int64_t nk = least(step, range.end - k0);
       const Visible visible = classify(mask, q0, nq, k0, nk, w.seen);
       if (visible == kEmpty) continue;

@@ -16,7 +16,7 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 constexpr int64_t kFar = int64_t{1} << 40;  // more than any length
-constexpr int kMaxKeys = 192;               // per tile
+constexpr int kMaxKeys = 96;                // per tile: its scores, and K and V beside them, stay in the nearest caches
 
 // One row of the batch, or one packed sequence.
 struct Sequence {

@@ -11,23 +11,28 @@
 #include "attention.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
 #define ATTN_INLINE __forceinline
 #define ATTN_NOINLINE __declspec(noinline)
 #define ATTN_UNROLL
 #define ATTN_NO_UNROLL
-#define ATTN_RESTRICT __restrict
+#if defined(_M_ARM64)
+#define ATTN_PREFETCH(address) __prefetch(address)
+#else
+#define ATTN_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#endif
 #elif defined(__clang__)
 #define ATTN_INLINE inline __attribute__((always_inline))
 #define ATTN_NOINLINE __attribute__((noinline))
 #define ATTN_UNROLL _Pragma("unroll")
 #define ATTN_NO_UNROLL _Pragma("nounroll")
-#define ATTN_RESTRICT __restrict__
+#define ATTN_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define ATTN_INLINE inline __attribute__((always_inline))
 #define ATTN_NOINLINE __attribute__((noinline))
 #define ATTN_UNROLL _Pragma("GCC unroll 32")
 #define ATTN_NO_UNROLL _Pragma("GCC unroll 1")
-#define ATTN_RESTRICT __restrict__
+#define ATTN_PREFETCH(address) __builtin_prefetch(address)
 #endif
 
 namespace attn::cpu {

@@ -108,5 +108,11 @@ ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, in
   }
 }
 
+// Six short rows at once are no stream that a CPU foresees by itself.
+ATTN_INLINE void prefetch_rows(Operand x, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(Real))) ATTN_PREFETCH(x.data + r * x.stride + d);
+}
+
 }  // namespace
 }  // namespace attn::cpu::ATTN_ISA

@@ -26,6 +26,7 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, in
                                 const uint64_t* seen, Real* s) {
   for (int64_t r = 0; r < nk; r += kRows) {
     const int64_t rows = least<int64_t>(kRows, nk - r);
+    prefetch_rows(k, r + kRows, least<int64_t>(r + 2 * kRows, nk), width);
     uint64_t some = ~uint64_t{0};
     if (seen) {
       some = 0;
