@@ -97,7 +97,7 @@ def load() -> str | None:
         return f"its library is not here: {why}; with a C++ compiler, pip install -e . in the source tree builds it"
     try:
         _open()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # the latter: a library of another version
         return f"its library does not load ({error}); pip install --force-reinstall attn-kernels builds it anew"
     wish = os.environ.get("ATTN_CPU_ISA") or None
     if not _select(wish):
@@ -117,7 +117,9 @@ def _open() -> ctypes.CDLL:
 
 def usable() -> tuple[str, ...]:
     """The instruction sets that this build has and this CPU runs."""
-    if not path().is_file():
+    try:
+        _open()
+    except (OSError, AttributeError):
         return ()
     before = isa
     found = tuple(name for name in SETS if _select(name))

@@ -194,6 +194,28 @@ def test_a_compiled_call_is_checked_too() -> None:
 
 
 @loaded
+def test_a_library_of_another_version_is_not_called() -> None:
+    """Sources were updated and not built: Python passes arguments that the library does not know."""
+    code = (
+        "import pathlib, sys, types, torch, attn\n"
+        "path = pathlib.Path(attn.__path__[0], 'native.py')\n"
+        "old, new = 'infer({_PLAIN}) -> Tensor', 'infer({_PLAIN}, int more) -> Tensor'\n"
+        "text = path.read_text()\n"
+        "assert old in text\n"
+        "native = types.ModuleType('attn.native')\n"
+        "native.__file__ = str(path)\n"
+        "sys.modules['attn.native'] = native\n"
+        "exec(text.replace(old, new), native.__dict__)\n"
+        "assert native.load() is None\n"
+        "native.infer(*torch.randn(3, 1, 1, 2, 8), -1, -1, False, 1.0, 0.0, 7)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(attn.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ValueError: attn_cpu: the library is not that of these Python files" in done.stderr
+
+
+@loaded
 def test_wrong_instruction_sets_are_named() -> None:
     with pytest.raises(ValueError, match=r"'mmx' cannot run here; usable: .*portable"), native.use_isa("mmx"):
         pass

@@ -168,7 +168,14 @@ void backward_into(uint64_t* s, Call& c, Incoming& in, bool bias_grad) {
   s[3] = d_bias.release();
 }
 
-void forward_op(uint64_t* s, uint64_t, uint64_t) {
+// A library of another version than the Python beside it would read words that are not there.
+void require_words(uint64_t given, uint64_t arguments, uint64_t taken, uint64_t results) {
+  require(given == arguments && taken == results,
+          "attn_cpu: the library is not that of these Python files; build it anew");
+}
+
+void forward_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kWords + 2, taken, 4);
   Call c;
   c.own(s);
   c.read(s);
@@ -176,14 +183,16 @@ void forward_op(uint64_t* s, uint64_t, uint64_t) {
 }
 
 // A call of three tensors without residuals: the fewest arguments and results.
-void infer_op(uint64_t* s, uint64_t, uint64_t) {
+void infer_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kPlainWords, taken, 1);
   Call c;
   c.own_plain(s);
   c.read_plain(s);
   s[0] = run_forward(c, kNone, false).out.release();
 }
 
-void infer_weights_op(uint64_t* s, uint64_t, uint64_t) {
+void infer_weights_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kPlainWords + 1, taken, 2);
   Call c;
   c.own_plain(s);
   c.read_plain(s);
@@ -192,14 +201,16 @@ void infer_weights_op(uint64_t* s, uint64_t, uint64_t) {
   s[1] = r.weights.release();
 }
 
-void plain_op(uint64_t* s, uint64_t, uint64_t) {
+void plain_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kPlainWords + 1, taken, 4);
   Call c;
   c.own_plain(s);
   c.read_plain(s);
   run_forward(c, stable::integer(s[Call::kPlainWords]), true).release(s);
 }
 
-void weights_op(uint64_t* s, uint64_t, uint64_t) {
+void weights_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kWords + 3, taken, 1);
   Tensor m = Tensor::input(s[0]), l = Tensor::input(s[1]);
   Call c;
   c.own(s + 2);
@@ -216,7 +227,8 @@ void weights_op(uint64_t* s, uint64_t, uint64_t) {
   s[0] = weights.release();
 }
 
-void backward_op(uint64_t* s, uint64_t, uint64_t) {
+void backward_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kWords + 7, taken, 4);
   Incoming in{Tensor::input(s[0]),
               Tensor::optional(s[1]),
               Tensor::optional(s[2]),
@@ -230,7 +242,8 @@ void backward_op(uint64_t* s, uint64_t, uint64_t) {
   backward_into(s, c, in, stable::boolean(s[6 + Call::kWords]));
 }
 
-void plain_backward_op(uint64_t* s, uint64_t, uint64_t) {
+void plain_backward_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, Call::kPlainWords + 4, taken, 4);
   Incoming in{Tensor::input(s[0]), Tensor(), Tensor(), Tensor::input(s[1]), Tensor::input(s[2]),
               Tensor::input(s[3]), {}};
   Call c;
@@ -250,7 +263,8 @@ void require_pages(const Decode& d, int64_t blocks) {
   }
 }
 
-void decode_op(uint64_t* s, uint64_t, uint64_t) {
+void decode_op(uint64_t* s, uint64_t given, uint64_t taken) {
+  require_words(given, 10, taken, 2);
   Tensor q = Tensor::input(s[0]), k = Tensor::input(s[1]), v = Tensor::input(s[2]),
          lengths = Tensor::input(s[3]), table = Tensor::optional(s[4]), slopes = Tensor::optional(s[5]);
   for (Tensor* t : {&q, &k, &v, &lengths, &table, &slopes}) t->look();
@@ -330,7 +344,8 @@ ATTN_EXPORT const char* attn_cpu_select(const char* isa) {
 // Whether new outputs are filled with NaN before a kernel writes them: for tests.
 ATTN_EXPORT void attn_cpu_poison(int on) { attn::cpu::poisoned.store(on != 0, std::memory_order_relaxed); }
 
-// Floating-point operations done in `rounds` of nothing but multiply-adds, for the peak that benchmarks measure.
+// Floating-point operations done in `rounds` of nothing but multiply-adds, for the peak that benchmarks
+// measure.
 ATTN_EXPORT double attn_cpu_multiply_adds(int64_t rounds) {
   const attn::cpu::Kernels* set = attn::cpu::selected.load(std::memory_order_relaxed);
   return set == nullptr ? 0.0 : set->multiply_adds(rounds);
