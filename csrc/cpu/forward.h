@@ -23,7 +23,7 @@ struct ForwardSpace {
     out = c.take<Real>(wide_v * kQueries);
     const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
     k = c.take<Real>(narrow ? wide_k * kMaxKeys : 0);
-    v = c.take<Real>(narrow || wide_v != p->Dv ? wide_v * kMaxKeys : 0);
+    v = c.take<Real>(wide_v * kMaxKeys);
     bias = c.take<Real>(p->bias.data ? kMaxKeys * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
@@ -67,12 +67,14 @@ struct Forward {
       const int64_t nk = least(step, range.end - k0);
       const Visible visible = classify(mask, q0, nq, k0, nk, w.seen);
       if (visible == kEmpty) continue;
-      if (first)
+      if (first) {
+        Ahead(rows_at<T>(p.out, s.batch, head, s.q_first + q0), p.out.row, p.Dv).fetch(0, nq);
         pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D, static_cast<Real>(p.scale), w.packed);
+      }
       const uint64_t* seen = visible == kPartial ? w.seen : nullptr;
       Real* scores = weights ? w.s + k0 * kQueries : w.s;
       score_tile(extras, left_operand(k + k0 * p.k.row, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, nq, k0, nk, seen, w.bias,
-                 scores, nullptr);
+                 scores, nullptr, Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
       w.rows->reset_maxima(nq);
       raise_maxima(scores, nq, nk, w.rows->maxima);
       if (w.rows->move(nq) && !first) shrink(w, nq, stride);
@@ -83,7 +85,7 @@ struct Forward {
         drop(seen, dropout.inverse, nq, nk, scores);
       }
       if (weights) w.weights.remember(k0, nk, seen, w.rows->m);
-      times_values(mask, q0, nq, k0, nk, scores, right_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v), p.Dv, w.out, first);
+      times_values(mask, q0, nq, k0, nk, scores, near_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v), p.Dv, w.out, first);
       first = false;
     }
   }

@@ -108,11 +108,25 @@ ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, in
   }
 }
 
-// Six short rows at once are no stream that a CPU foresees by itself.
-ATTN_INLINE void prefetch_rows(Operand x, int64_t begin, int64_t end, int64_t width) {
-  for (int64_t r = begin; r < end; ++r)
-    for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(Real))) ATTN_PREFETCH(x.data + r * x.stride + d);
-}
+// Rows that will be wanted soon, as bytes. Rows of one head of many are short pieces far apart, which no CPU foresees by
+// itself.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, bytes = 0;
+
+  Ahead() = default;
+  template <class T>
+  ATTN_INLINE Ahead(const T* from, int64_t row_stride, int64_t width)
+      : data(reinterpret_cast<const char*>(from)),
+        stride(row_stride * static_cast<int64_t>(sizeof(T))),
+        bytes(width * static_cast<int64_t>(sizeof(T))) {}
+
+  ATTN_INLINE void fetch(int64_t begin, int64_t end) const {
+    if (!data) return;
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t at = 0; at < bytes; at += 64) ATTN_PREFETCH(data + r * stride + at);
+  }
+};
 
 }  // namespace
 }  // namespace attn::cpu::ATTN_ISA

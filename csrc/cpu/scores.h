@@ -21,12 +21,14 @@ namespace {
 constexpr uint64_t kBlockBits = kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
 
 // The products of a tile: s[key][query] = k[key] . packed[query]. Blocks in which no pair is visible are left as they
-// are (`seen` null: all are visible).
+// are (`seen` null: all are visible). Meanwhile nk rows `ahead` are fetched.
 ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, int64_t nq, int64_t nk,
-                                const uint64_t* seen, Real* s) {
+                                const uint64_t* seen, Real* s, const Ahead& ahead = Ahead()) {
+  const Ahead keys(k.data, k.stride, width);
   for (int64_t r = 0; r < nk; r += kRows) {
     const int64_t rows = least<int64_t>(kRows, nk - r);
-    prefetch_rows(k, r + kRows, least<int64_t>(r + 2 * kRows, nk), width);
+    keys.fetch(r + kRows, least<int64_t>(r + 2 * kRows, nk));
+    ahead.fetch(r, r + rows);
     uint64_t some = ~uint64_t{0};
     if (seen) {
       some = 0;
@@ -166,8 +168,9 @@ ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxim
 
 // The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
 ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Real* packed, int64_t q0, int64_t nq,
-                            int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space, Real* s, Real* d_cap) {
-  score_products(k, width, packed, nq, nk, seen, s);
+                            int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space, Real* s, Real* d_cap,
+                            const Ahead& ahead = Ahead()) {
+  score_products(k, width, packed, nq, nk, seen, s, ahead);
   if (!extras.none()) add_extras(extras, q0, nq, k0, nk, bias_space, s, d_cap);
   if (seen) hide(seen, nq, nk, s);
 }
