@@ -26,9 +26,9 @@ ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel here")
 
 
-def python(*args: str, interpret: bool = False, timeout: int = 1200) -> subprocess.CompletedProcess[str]:
-    """Run Python in the source tree."""
-    env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTHONPATH": str(ROOT)}
+def python(*args: str, interpret: bool = False, timeout: int = 1200, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the source tree, with `more` in its environment."""
+    env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTHONPATH": str(ROOT), **more}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *args]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
@@ -54,6 +54,18 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter() -> None:
     assert "passed" in interpreted("-m", "slow")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_module_on_random_configurations() -> None:
+    """The differential test against nn.MultiheadAttention, with this backend forced."""
+    test = ("-m", "pytest", "tests/test_module_differential.py", "-q", "-p", "no:cacheprovider")
+    done = python(*test, interpret=True, ATTN_TEST_BACKEND="triton")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    served = re.search(r"compared (\d+).*mismatches 0; served by triton (\d+)", done.stdout)
+    assert served is not None
+    assert min(int(served[1]), int(served[2])) > 150
 
 
 @needs_triton

@@ -74,7 +74,7 @@ class Entry:
         kernel = _context.run(lambda: run(*args, **self.constants, **self.options))
         if self.direct:
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
-            self.scratch = kernel.metadata.global_scratch_size > 0
+            self.scratch = getattr(kernel.metadata, "global_scratch_size", 0) > 0  # on AMD, Triton 3.6 has none
             self.kernel = kernel
 
 
