@@ -1,8 +1,9 @@
 // Backward: dq, dk, dv and d_bias in one pass over the scores, five products per tile.
 //
-// A unit of work is the queries of one key head of one sequence, or a chunk of them: dq is written once, dk and dv are
-// summed in memory of the unit. Where there are chunks, their sums are added in order by a second parallel loop. How many
-// chunks there are depends on shapes alone, so the bits are the same whatever the number of threads.
+// A unit of work is the queries of one key head of one sequence, or a chunk of them: dq is written once, dk
+// and dv are summed in memory of the unit. Where there are chunks, their sums are added in order by a second
+// parallel loop. How many chunks there are depends on shapes alone, so the bits are the same whatever the
+// number of threads.
 #pragma once
 #include "band.h"
 #include "gradient_bias.h"
@@ -11,12 +12,13 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
+template <class T>
 struct BackwardSpace {
   GradientSpace tile;
   Real* sums;  // dk of all keys, then dv
 
-  BackwardSpace(Carver& c, const Problem* p, const Backward* b, int64_t tiles, int64_t size)
-      : tile(c, *p, *b, tiles), sums(c.take<Real>(size)) {}
+  BackwardSpace(Carver& c, const Problem* p, const Backward* b, int64_t tiles, int64_t keys, int64_t size)
+      : tile(c, *p, *b, tiles, keys, static_cast<const T*>(nullptr)), sums(c.take<Real>(size)) {}
 };
 
 // What the units of a call share.
@@ -31,11 +33,11 @@ struct SharedSpace {
 };
 
 // Enough for some dozen cores; a chunk of fewer rows would cost more to add than it saves.
-constexpr int64_t kTilesBytes = 256 * 1024;
+constexpr int64_t kTilesBytes = 320 * 1024;
 constexpr int64_t kUnitsWanted = 16, kChunkRows = 1024, kMaxChunks = 8;
 
-// Tiles of queries that meet a tile of keys together, so that the keys and their sums come from far less often: as many
-// as stay in the second cache beside them.
+// Tiles of queries that meet a tile of keys together, so that the keys and their sums come from far less
+// often: as many as stay in the second cache beside them.
 ATTN_INLINE int64_t tiles_together(const Problem& p) {
   const int64_t each = (3 * p.D + 2 * p.Dv) * kQueries * static_cast<int64_t>(sizeof(Real));
   return clamp(kTilesBytes / each, 1, kMostTiles);
@@ -70,7 +72,8 @@ struct BackwardPass {
   void against_keys(GradientTile<T>& t, int64_t n, const Sums& to) const {
     GradientQueries* tiles = t.w.queries;
     Range all = tiles[0].keys;
-    for (int64_t i = 1; i < n; ++i) all = {least(all.begin, tiles[i].keys.begin), most(all.end, tiles[i].keys.end)};
+    for (int64_t i = 1; i < n; ++i)
+      all = {least(all.begin, tiles[i].keys.begin), most(all.end, tiles[i].keys.end)};
     for (int64_t k0 = all.begin; k0 < all.end; k0 += t.step())
       for (int64_t i = 0; i < n; ++i) {
         t.of = tiles + i;
@@ -103,7 +106,8 @@ struct BackwardPass {
       for (; n < tiles && q0 < live; ++n, q0 += kQueries) {
         t.read_queries(t.w.queries[n], q0, least<int64_t>(kQueries, live - q0));
         t.find_delta();
-        if (bias_later) memcpy(shared.deltas + t.of->first, t.of->delta, static_cast<size_t>(t.of->nq) * sizeof(Real));
+        if (bias_later)
+          memcpy(shared.deltas + t.of->first, t.of->delta, static_cast<size_t>(t.of->nq) * sizeof(Real));
       }
       against_keys(t, n, to);
       for (int64_t i = 0; i < n; ++i) write_queries(t, t.w.queries[i]);
@@ -139,14 +143,16 @@ struct BackwardPass {
     return p.N > 0 ? p.cu_seqlens_k[s.number + 1] - p.cu_seqlens_k[s.number] : p.S;
   }
 
-  // The tiles of queries of a key head, those of its query heads one after another, are cut into chunks of like cost.
+  // The tiles of queries of a key head, those of its query heads one after another, are cut into chunks of
+  // like cost.
   static void unit(void* context, int64_t i) {
     const auto& f = *static_cast<const BackwardPass*>(context);
     const Problem& p = f.p;
     const int64_t chunk = i % f.chunks, key_head = i / f.chunks % p.Hkv, group = p.Hq / p.Hkv;
     const Sequence s(p, i / f.chunks / p.Hkv);
     const int64_t size = s.keys * (f.wide_k + f.wide_v);
-    BackwardSpace w = carve<BackwardSpace>(&p, &f.b, f.tiles, f.chunks > 1 ? 0 : size);
+    auto w = carve<BackwardSpace<T>>(&p, &f.b, f.tiles, s.keys, f.chunks > 1 ? 0 : size);
+    w.tile.forget_keys();
     const Sums to = f.chunks > 1 ? f.partial(s, key_head, chunk) : f.sums_at(w.sums, s.keys);
     zero_row(size, to.dk);
     const int64_t total = f.chunks > 1 ? group * cost(Mask(p, s, key_head * group), s.rows) : 0;
@@ -174,7 +180,8 @@ struct BackwardPass {
   }
   static int64_t cost(const Mask& mask, int64_t rows) {
     int64_t total = 0;
-    for (int64_t q0 = 0; q0 < rows; q0 += kQueries) total += tile_cost(mask, q0, least<int64_t>(kQueries, rows - q0));
+    for (int64_t q0 = 0; q0 < rows; q0 += kQueries)
+      total += tile_cost(mask, q0, least<int64_t>(kQueries, rows - q0));
     return total;
   }
 

@@ -1,5 +1,5 @@
-// Products of a tile [key][query] with rows, over no more pairs than the band lets see: a causal tile costs half. What is
-// hidden inside these limits must be 0 in the tile.
+// Products of a tile [key][query] with rows, over no more pairs than the band lets see: a causal tile costs
+// half. What is hidden inside these limits must be 0 in the tile.
 #pragma once
 #include "masks.h"
 #include "product.h"
@@ -8,8 +8,8 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 // to[query] += tile[key][query] rows[key] (or =, where init). `to` has rows of round_up(width, kWidth).
-ATTN_INLINE void add_to_queries(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk, const Real* tile,
-                                Operand rows, int64_t width, Real* to, bool init) {
+ATTN_INLINE void add_to_queries(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                                const Real* tile, Operand rows, int64_t width, Real* to, bool init) {
   const int64_t stride = round_up(width, kWidth);
   for (int64_t i = 0; i < nq; i += kRows) {
     const int64_t n = least<int64_t>(kRows, nq - i);
@@ -22,8 +22,8 @@ ATTN_INLINE void add_to_queries(const Mask& mask, int64_t q0, int64_t nq, int64_
 }
 
 // to[key] += tile[key][query] rows[query].
-ATTN_INLINE void add_to_keys(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk, const Real* tile,
-                             Operand rows, int64_t width, Real* to) {
+ATTN_INLINE void add_to_keys(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                             const Real* tile, Operand rows, int64_t width, Real* to) {
   const int64_t stride = round_up(width, kWidth);
   for (int64_t j = 0; j < nk; j += kRows) {
     const int64_t n = least<int64_t>(kRows, nk - j);

@@ -1,7 +1,8 @@
 // The gradient of a bias, dS summed over the dims that the bias broadcasts along.
 //
-// Where it broadcasts along none, each dS is met once and goes out in the main pass. Else a pass of its own computes dS
-// anew: a unit owns cells of the bias and sums what belongs to them in the order of batch, head, query and key.
+// Where it broadcasts along none, each dS is met once and goes out in the main pass. Else a pass of its own
+// computes dS anew: a unit owns cells of the bias and sums what belongs to them in the order of batch, head,
+// query and key.
 #pragma once
 #include "gradient_tile.h"
 #include "weights.h"
@@ -25,11 +26,13 @@ ATTN_INLINE void typed(const Dense& d, Body body) {
 }
 
 ATTN_INLINE bool broadcasts(const Problem& p, const Dense& d) {
-  return (d.batch == 0 && p.B > 1) || (d.head == 0 && p.Hq > 1) || (d.row == 0 && p.L > 1) || (d.col == 0 && p.S > 1);
+  return (d.batch == 0 && p.B > 1) || (d.head == 0 && p.Hq > 1) || (d.row == 0 && p.L > 1) ||
+         (d.col == 0 && p.S > 1);
 }
 
 // Of a bias that broadcasts along nothing: `rows` rows as 0, then its visible tiles.
-ATTN_INLINE void clear_bias_rows(const Problem& p, const Dense& d, int64_t batch, int64_t head, int64_t q0, int64_t rows) {
+ATTN_INLINE void clear_bias_rows(const Problem& p, const Dense& d, int64_t batch, int64_t head, int64_t q0,
+                                 int64_t rows) {
   typed(d, [&](auto* to) { zero_row(rows * p.S, to + batch * d.batch + head * d.head + q0 * d.row); });
 }
 template <class T>
@@ -41,12 +44,14 @@ ATTN_INLINE void write_bias_tile(const GradientTile<T>& t) {
   });
 }
 
+template <class T>
 struct BiasSpace {
   GradientSpace tile;
   Real* sums;  // [key][query]
 
   BiasSpace(Carver& c, const Problem* p, const Backward* b)
-      : tile(c, *p, *b, 1), sums(c.take<Real>(kGradientKeys * kQueries)) {}
+      : tile(c, *p, *b, 1, p->S, static_cast<const T*>(nullptr)),
+        sums(c.take<Real>(kGradientKeys * kQueries)) {}
 };
 
 template <class T>
@@ -79,7 +84,7 @@ struct BiasGradient {
     const Dense& d = f.b.d_bias;
     const Part keys(i, f.p.S, f.step, d.col == 0), rows(i, f.p.L, kQueries, d.row == 0);
     const Part heads(i, f.p.Hq, 1, d.head == 0), batch(i, f.p.B, 1, d.batch == 0);
-    BiasSpace w = carve<BiasSpace>(&f.p, &f.b);
+    BiasSpace<T> w = carve<BiasSpace<T>>(&f.p, &f.b);
     zero_row(kGradientKeys * kQueries, w.sums);
     for (int64_t n = batch.begin; n < batch.end; ++n) {
       const Sequence s(f.p, n);
@@ -94,8 +99,9 @@ struct BiasGradient {
     });
   }
 
-  void add_head(const Sequence& s, int64_t head, const Part& rows, const Part& keys, BiasSpace& w) const {
+  void add_head(const Sequence& s, int64_t head, const Part& rows, const Part& keys, BiasSpace<T>& w) const {
     GradientTile<T> t(p, b, s, head, w.tile);
+    w.tile.forget_keys();
     for (int64_t q0 = rows.begin; q0 < least(rows.end, s.queries); q0 += kQueries) {
       const int64_t nq = least<int64_t>(kQueries, s.queries - q0);
       const Range r = t.mask.keys(q0, nq);
@@ -123,7 +129,8 @@ struct BiasGradient {
   // All keys into the first.
   static void sum_keys(int64_t nk, Real* sums) {
     for (int64_t j = 1; j < nk; ++j)
-      for (int64_t c = 0; c < kQueries; c += kWidth) store(sums + c, add(load(sums + c), load(sums + j * kQueries + c)));
+      for (int64_t c = 0; c < kQueries; c += kWidth)
+        store(sums + c, add(load(sums + c), load(sums + j * kQueries + c)));
   }
   // All queries of each key into the first.
   static void sum_queries(int64_t nk, Real* sums) {

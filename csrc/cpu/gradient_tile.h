@@ -1,8 +1,8 @@
-// The gradient of a tile of scores: P and dS = P (dP - delta) of up to 64 queries by up to 96 keys of one head, from the
-// residuals m and l of a forward.
+// The gradient of a tile of scores: P and dS = P (dP - delta) of up to 64 queries by up to 96 keys of one
+// head, from the residuals m and l of a forward.
 //
-// For query i and key j, with dW = d_out v + d_weights: dP = drop(dW), delta = rowsum(out d_out) + rowsum(W d_weights) -
-// d_lse. Rows that are dead take part as rows of zeros, whatever stands in them.
+// For query i and key j, with dW = d_out v + d_weights: dP = drop(dW), delta = rowsum(out d_out) + rowsum(W
+// d_weights) - d_lse. Rows that are dead take part as rows of zeros, whatever stands in them.
 #pragma once
 #include "scores.h"
 #include "softmax.h"
@@ -38,16 +38,21 @@ struct GradientQueries {
 
 struct GradientSpace {
   GradientQueries queries[kMostTiles];
-  Real *k, *v;
+  Real *k, *v;      // of all keys, where rows cannot be read in place: copied as they are met
+  uint8_t* copied;  // per tile of keys
+  int64_t key_tiles;
   Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
   uint64_t *seen, *kept;
 
-  GradientSpace(Carver& c, const Problem& problem, const Backward& b, int64_t tiles) {
+  template <class T>
+  GradientSpace(Carver& c, const Problem& problem, const Backward& b, int64_t tiles, int64_t keys, const T*) {
     const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
     const int64_t tile = kGradientKeys * kQueries;
     for (int64_t i = 0; i < tiles; ++i) queries[i].take(c, wide_k, wide_v);
-    k = c.take<Real>(wide_k * kGradientKeys);
-    v = c.take<Real>(wide_v * kGradientKeys);
+    k = c.take<Real>(is_near<T>(problem.k.row, problem.D) ? 0 : wide_k * keys);
+    v = c.take<Real>(is_near<T>(problem.v.row, problem.Dv) ? 0 : wide_v * keys);
+    key_tiles = keys / 64 + 1;
+    copied = c.take<uint8_t>(key_tiles);
     p = c.take<Real>(tile);
     ds = c.take<Real>(tile);
     d_cap = c.take<Real>(problem.softcap > 0 ? tile : 0);
@@ -55,12 +60,16 @@ struct GradientSpace {
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
   }
+
+  // To be called before the first tile of another key head.
+  ATTN_INLINE void forget_keys() { memset(copied, 0, static_cast<size_t>(key_tiles)); }
 };
 
-// p: scores to probabilities, and ds: dP to dS where it is given. Hidden pairs become 0, whatever stands there.
+// p: scores to probabilities, and ds: dP to dS where it is given. Hidden pairs become 0, whatever stands
+// there.
 template <int N>
-ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientQueries& of, Real* p,
-                                       Real* ds) {
+ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientQueries& of,
+                                       Real* p, Real* ds) {
   Vec m[N], inverse[N], delta[N];
   ATTN_UNROLL
   for (int i = 0; i < N; ++i) {
@@ -87,7 +96,8 @@ ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t 
   }
 }
 
-ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nk, const GradientQueries& of, Real* p, Real* ds) {
+ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nk, const GradientQueries& of, Real* p,
+                                 Real* ds) {
   int64_t c = 0;
   for (; c + kWidth < of.nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, of, p, ds);
   if (c < of.nq) differentiate_columns<1>(seen, c, nk, of, p, ds);
@@ -105,8 +115,8 @@ ATTN_NOINLINE void times_cap(const uint64_t* seen, int64_t nq, int64_t nk, const
 }
 
 // to[query] += the sum over keys of p[key][query] other[key][query] factor, hidden pairs left out.
-ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p, const Real* other,
-                                Real factor, Real* to) {
+ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p,
+                                const Real* other, Real factor, Real* to) {
   for (int64_t c = 0; c < nq; c += kWidth) {
     Vec total = zero();
     for (int64_t j = 0; j < nk; ++j) {
@@ -134,7 +144,6 @@ struct GradientTile {
   int64_t k0 = 0, nk = 0;
   const uint64_t* seen = nullptr;  // null: all
   Operand k{}, v{};
-  int64_t read_from = -1;  // the first key of k and v
 
   GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t which,
                GradientSpace& space)
@@ -158,7 +167,7 @@ struct GradientTile {
     of->live = 0;
     of->untouched = true;
     const Range r = mask.keys(q0, nq);
-    of->keys = {r.begin / 64 * 64, r.end};
+    of->keys = {r.begin / step() * step(), r.end};
     for (int64_t i = 0; i < kQueries; ++i) {
       const Real total = i < nq ? static_cast<const Real*>(p.l)[of->first + i] : 0;
       const bool alive = total != 0;
@@ -168,7 +177,8 @@ struct GradientTile {
       of->delta[i] = 0;
     }
     of->q = live_rows(rows_at<const T>(p.q, s.batch, head, s.q_first + q0), p.q.row, p.D, of->q_space);
-    of->g = live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, of->g_space);
+    of->g =
+        live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, of->g_space);
     pack_columns(of->q.data, of->q.stride, nq, p.D, static_cast<Real>(p.scale), of->packed_q);
     pack_columns(of->g.data, of->g.stride, nq, p.Dv, 1, of->packed_g);
   }
@@ -180,7 +190,8 @@ struct GradientTile {
       if (!(of->live >> i & 1)) continue;
       const Real* g = of->g.data + i * of->g.stride;
       Vec total = zero();
-      for (int64_t d = 0; d < p.Dv; d += kWidth) total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load(g + d), total);
+      for (int64_t d = 0; d < p.Dv; d += kWidth)
+        total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load(g + d), total);
       of->delta[i] = sum(total) - (b.d_lse ? static_cast<const Real*>(b.d_lse)[of->first + i] : 0);
     }
     if (!b.d_weights.data) return;
@@ -205,7 +216,7 @@ struct GradientTile {
       for (int64_t j = 0; j < nk; ++j) w.seen[j] = seen ? w.seen[j] & of->live : of->live;
       seen = w.seen;
     }
-    if (read_from != k0) read_keys();
+    read_keys();
     return true;
   }
 
@@ -219,12 +230,18 @@ struct GradientTile {
   }
 
  private:
-  // Once for all tiles of queries that meet them.
   void read_keys() {
-    const int64_t n = least(step(), s.keys - k0), key_head = head / (p.Hq / p.Hkv);
-    k = near_operand(rows_at<const T>(p.k, s.batch, key_head, s.k_first + k0), p.k.row, n, p.D, w.k);
-    v = near_operand(rows_at<const T>(p.v, s.batch, key_head, s.k_first + k0), p.v.row, n, p.Dv, w.v);
-    read_from = k0;
+    uint8_t& copied = w.copied[k0 / step()];
+    k = key_rows(p.k, p.D, w.k, copied);
+    v = key_rows(p.v, p.Dv, w.v, copied);
+    copied = true;
+  }
+  // The whole tile from k0 on, whatever part of it these queries see.
+  Operand key_rows(const Rows& rows, int64_t width, Real* all, bool copied) const {
+    const int64_t wide = round_up(width, kWidth);
+    if (copied && !is_near<T>(rows.row, width)) return {all + k0 * wide, wide};
+    const T* from = rows_at<const T>(rows, s.batch, head / (p.Hq / p.Hkv), s.k_first + k0);
+    return near_operand(from, rows.row, least(step(), s.keys - k0), width, all + k0 * wide);
   }
 
   // Rows of queries as they are, or copied with zeros where they are dead.
@@ -246,7 +263,8 @@ struct GradientTile {
 
   void read_weights() {
     const Dense& d = b.d_weights;
-    const T* at = static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + of->q0 * d.row + k0 * d.col;
+    const T* at =
+        static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + of->q0 * d.row + k0 * d.col;
     read_bias(at, d.row, d.col, of->nq, nk, w.added);
   }
   void add_weights() {

@@ -90,10 +90,15 @@ ATTN_INLINE Operand right_operand(const T* from, int64_t stride, int64_t rows, i
   widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
   return {space, round_up(width, kWidth)};
 }
+template <class T>
+ATTN_INLINE bool is_near(int64_t stride, int64_t width) {
+  return kInPlace<T> && stride <= width && width % kWidth == 0;
+}
 // The same, copied where the rows lie far apart: those of a packed projection would meet in few sets of the first cache.
 template <class T>
 ATTN_INLINE Operand near_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
-  if (stride <= round_up(width, kWidth)) return right_operand(from, stride, rows, width, space);
+  if constexpr (kInPlace<T>)
+    if (is_near<T>(stride, width)) return {from, stride};
   widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
   return {space, round_up(width, kWidth)};
 }
