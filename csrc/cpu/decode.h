@@ -11,6 +11,7 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024, kSpan = 256;  // keys per unit, and per pass over its rows
+constexpr int64_t kLookahead = 12;             // rows fetched ahead: the prefetcher stops at each page
 
 // What a chunk leaves per row: the sum of exp(s - m) v, then m and l.
 struct Partials {
@@ -31,13 +32,13 @@ struct Partials {
 
 struct DecodeSpace {
   Real *q, *s;
-  const void **k, **v;
+  const void **k, **v;  // rows of the keys of a span, and of those after it
 
   DecodeSpace(Carver& c, int64_t rows, int64_t D) {
     q = c.take<Real>(rows * round_up(D, kWidth));
     s = c.take<Real>(rows * kSpan);
-    k = c.take<const void*>(kSpan);
-    v = c.take<const void*>(kSpan);
+    k = c.take<const void*>(kSpan + kLookahead);
+    v = c.take<const void*>(kSpan + kLookahead);
   }
 };
 
@@ -51,9 +52,9 @@ ATTN_INLINE Vec sums(Vec (&x)[kWidth]) {
   return x[0];
 }
 
-// s[r][j] = q[r] . k[j] for R rows.
+// s[r][j] = q[r] . k[j] for R rows. `fetch`: fetches the rows kLookahead further on.
 template <int R, class T>
-ATTN_INLINE void dot_rows(const Real* q, int64_t q_stride, const void* const* k, int64_t nk, int64_t D, Real* s) {
+ATTN_INLINE void dot_rows(bool fetch, const Real* q, int64_t q_stride, const void* const* k, int64_t nk, int64_t D, Real* s) {
   const int64_t whole = D / kWidth * kWidth;
   for (int64_t j0 = 0; j0 < nk; j0 += kWidth) {
     Vec part[R][kWidth];
@@ -65,6 +66,7 @@ ATTN_INLINE void dot_rows(const Real* q, int64_t q_stride, const void* const* k,
         continue;
       }
       const T* key = static_cast<const T*>(k[j0 + j]);
+      if (fetch) Ahead(static_cast<const T*>(k[j0 + j + kLookahead]), 0, D).fetch(0, 1);
       Vec a[R], b[R];
       ATTN_UNROLL
       for (int r = 0; r < R; ++r) a[r] = b[r] = zero();
@@ -187,18 +189,20 @@ struct DecodeUnit {
     }
     for (int64_t first = begin; first < end; first += kSpan) {
       const int64_t nk = least(kSpan, end - first);
-      for (int64_t j = 0; j < nk; ++j) {
-        w.k[j] = key_row(d.k, b, kv_head, first + j);
-        w.v[j] = key_row(d.v, b, kv_head, first + j);
+      for (int64_t j = 0; j < nk + kLookahead; ++j) {
+        const int64_t at = least(first + j, length - 1);
+        w.k[j] = key_row(d.k, b, kv_head, at);
+        w.v[j] = key_row(d.v, b, kv_head, at);
       }
       int64_t r = 0;
-      for (; r + 3 < rows; r += 4) dot_rows<4, T>(w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      for (; r + 1 < rows; r += 2) dot_rows<2, T>(w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      if (r < rows) dot_rows<1, T>(w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      for (; r + 3 < rows; r += 4) dot_rows<4, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      for (; r + 1 < rows; r += 2) dot_rows<2, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      if (r < rows) dot_rows<1, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
       for (r = 0; r < rows; ++r)
         soften(b, kv_head * group + r / d.L, r % d.L, first, nk, w.s + r * kSpan, out + r * stride);
       int64_t j = 0;
       for (; j + 3 < nk; j += 4) {
+        for (int64_t i = 0; i < 4; ++i) Ahead(static_cast<const T*>(w.v[j + i + kLookahead]), 0, d.Dv).fetch(0, 1);
         for (r = 0; r + 1 < rows; r += 2)
           add_values<2, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
         if (r < rows) add_values<1, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
