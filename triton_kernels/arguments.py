@@ -167,7 +167,8 @@ class Tiles:
         self.dim = max(flags.D, flags.DV)
         self.itemsize = t.element_size()
         self.arch = arch_of(t.device.type, t.device.index)
-        heavy = any((flags.KEEP, flags.BIAS, flags.ALIBI, flags.SOFTCAP, flags.DROPOUT, flags.D_WEIGHTS))
+        dense = flags.KEEP or flags.BIAS or flags.D_WEIGHTS or flags.DOCUMENTS
+        heavy = dense or flags.ALIBI or flags.SOFTCAP or flags.DROPOUT
         lengths = (flags.KEY_LENGTHS or flags.QUERY_LENGTHS or flags.VARLEN) and not flags.BAND
         self.load = config.HEAVY if heavy else config.LENGTHS if lengths else config.LIGHT
 

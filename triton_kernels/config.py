@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 
 LIGHT, LENGTHS, HEAVY = 0, 1, 2
-"""How much a call asks of the registers. Lengths: without a band. Heavy: a dense mask, dropout, softcap or ALiBi."""
+"""How much a call asks of the registers. Lengths: no band. Heavy: dense masks, documents, dropout, softcap or ALiBi."""
 
 # (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles; a negative bucket is
 # for head dims that are no multiple of 16, whose loads are narrower and take more registers for their addresses.
