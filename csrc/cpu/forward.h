@@ -1,8 +1,10 @@
 // Forward: out, m, l and, where asked for, the weights in the same pass.
 //
-// A unit of work is one tile of up to 64 queries of one head (of all heads in order, where their weights are averaged),
-// computed whole by one thread over the keys in order: the same bits whatever the number of threads.
+// A unit of work is one tile of up to 64 queries of one head (of all heads in order, where their weights are
+// averaged), computed whole by one thread over the keys in order: the same bits whatever the number of
+// threads.
 #pragma once
+#include "band.h"
 #include "softmax.h"
 #include "tiles.h"
 #include "weights.h"
@@ -32,27 +34,14 @@ struct ForwardSpace {
   }
 };
 
-// out[query] += p[key][query] v[key], six queries at a time, each over the keys that its band lets it see.
-ATTN_INLINE void times_values(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk, const Real* p, Operand v,
-                              int64_t width, Real* out, bool init) {
-  const int64_t stride = round_up(width, kWidth);
-  for (int64_t i = 0; i < nq; i += kRows) {
-    const int64_t rows = least<int64_t>(kRows, nq - i);
-    const Range r = mask.keys(q0 + i, rows);
-    const int64_t begin = clamp(r.begin - k0, 0, nk), end = clamp(r.end - k0, begin, nk);
-    if (begin == end && !init) continue;
-    multiply_rows<kAlongColumns>(rows, width, end - begin, p + begin * kQueries + i, kQueries, v.data + begin * v.stride,
-                                 v.stride, out + i * stride, stride, init);
-  }
-}
-
 template <class T>
 struct Forward {
   const Problem& p;
   const Weights* weights;
 
   // The live queries [q0, q0 + nq) of one head: leaves out (not yet divided), m and l in the space.
-  void tile(const Sequence& s, int64_t head, int64_t q0, int64_t nq, const Dropout& dropout, ForwardSpace& w) const {
+  void tile(const Sequence& s, int64_t head, int64_t q0, int64_t nq, const Dropout& dropout,
+            ForwardSpace& w) const {
     const Mask mask(p, s, head);
     const Extras extras(p, s, head);
     const int64_t stride = round_up(p.Dv, kWidth);
@@ -69,12 +58,13 @@ struct Forward {
       if (visible == kEmpty) continue;
       if (first) {
         Ahead(rows_at<T>(p.out, s.batch, head, s.q_first + q0), p.out.row, p.Dv).fetch(0, nq);
-        pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D, static_cast<Real>(p.scale), w.packed);
+        pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D,
+                     static_cast<Real>(p.scale), w.packed);
       }
       const uint64_t* seen = visible == kPartial ? w.seen : nullptr;
       Real* scores = weights ? w.s + k0 * kQueries : w.s;
-      score_tile(extras, left_operand(k + k0 * p.k.row, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, nq, k0, nk, seen, w.bias,
-                 scores, nullptr, Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
+      score_tile(extras, left_operand(k + k0 * p.k.row, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, nq, k0, nk,
+                 seen, w.bias, scores, nullptr, Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
       w.rows->reset_maxima(nq);
       raise_maxima(scores, nq, nk, w.rows->maxima);
       if (w.rows->move(nq) && !first) shrink(w, nq, stride);
@@ -85,7 +75,8 @@ struct Forward {
         drop(seen, dropout.inverse, nq, nk, scores);
       }
       if (weights) w.weights.remember(k0, nk, seen, w.rows->m);
-      times_values(mask, q0, nq, k0, nk, scores, near_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v), p.Dv, w.out, first);
+      add_to_queries(mask, q0, nq, k0, nk, scores, near_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v),
+                     p.Dv, w.out, first);
       first = false;
     }
   }
