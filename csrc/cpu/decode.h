@@ -1,8 +1,9 @@
 // Decoding: few queries against a long cache, bound by memory.
 //
-// A unit of work is a chunk of kChunk keys of one sequence and key head, for all query rows of its group, so that each
-// byte of the cache is read once; chunks are combined in their order: the same bits whatever the number of threads.
-// Within a unit keys are walked in address order, one row of K, then one row of V: what the prefetcher follows.
+// A unit of work is a chunk of kChunk keys of one sequence and key head, for all query rows of its group, so
+// that each byte of the cache is read once; chunks are combined in their order: the same bits whatever the
+// number of threads. Within a unit keys are walked in address order, one row of K, then one row of V: what
+// the prefetcher follows.
 #pragma once
 #include "softmax.h"
 #include "tiles.h"
@@ -46,15 +47,15 @@ struct DecodeSpace {
 ATTN_INLINE Vec sums(Vec (&x)[kWidth]) {
   transpose(x);
   ATTN_UNROLL
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    ATTN_UNROLL
-    for (int i = 0; i < n; ++i) x[i] = add(x[i], x[i + n]);
+  for (int n = kWidth / 2; n > 0; n /= 2) ATTN_UNROLL
+  for (int i = 0; i < n; ++i) x[i] = add(x[i], x[i + n]);
   return x[0];
 }
 
 // s[r][j] = q[r] . k[j] for R rows. `fetch`: fetches the rows kLookahead further on.
 template <int R, class T>
-ATTN_INLINE void dot_rows(bool fetch, const Real* q, int64_t q_stride, const void* const* k, int64_t nk, int64_t D, Real* s) {
+ATTN_INLINE void dot_rows(bool fetch, const Real* q, int64_t q_stride, const void* const* k, int64_t nk,
+                          int64_t D, Real* s) {
   const int64_t whole = D / kWidth * kWidth;
   for (int64_t j0 = 0; j0 < nk; j0 += kWidth) {
     Vec part[R][kWidth];
@@ -97,9 +98,8 @@ template <int R, int K, class T>
 ATTN_INLINE void add_values(const Real* p, const void* const* v, int64_t width, Real* out, int64_t stride) {
   Vec weight[R][K];
   ATTN_UNROLL
-  for (int r = 0; r < R; ++r)
-    ATTN_UNROLL
-    for (int j = 0; j < K; ++j) weight[r][j] = set(p[r * kSpan + j]);
+  for (int r = 0; r < R; ++r) ATTN_UNROLL
+  for (int j = 0; j < K; ++j) weight[r][j] = set(p[r * kSpan + j]);
   const int64_t whole = width / kWidth * kWidth;
   for (int64_t d = 0; d < width; d += kWidth) {
     Vec total[R];
@@ -128,7 +128,8 @@ struct DecodeUnit {
   }
 
   // The rest of a row's scores, and its exponentials; `first` is the position of s[0], nk its length.
-  ATTN_INLINE void soften(int64_t b, int64_t head, int64_t i, int64_t first, int64_t nk, Real* s, Real* out) const {
+  ATTN_INLINE void soften(int64_t b, int64_t head, int64_t i, int64_t first, int64_t nk, Real* s,
+                          Real* out) const {
     const int64_t at = i + d.lengths[b] - d.L, padded = round_up(nk, kWidth);  // the position of query i
     const int64_t begin = d.left < 0 ? 0 : clamp(at - least(d.left, kFar) - first, 0, nk);
     const int64_t end = d.right < 0 ? nk : clamp(at + least(d.right, kFar) + 1 - first, begin, nk);
@@ -139,8 +140,7 @@ struct DecodeUnit {
     for (int64_t j = 0; j < padded; j += kWidth) {
       Vec x = load(s + j);
       if (d.softcap > 0) x = mul(cap, tanh_of(mul(x, uncap)));
-      if (d.alibi_slopes)
-        x = nfma(slope, magnitude(add(set(static_cast<Real>(first + j - at)), iota())), x);
+      if (d.alibi_slopes) x = nfma(slope, magnitude(add(set(static_cast<Real>(first + j - at)), iota())), x);
       if (j < begin || j + kWidth > end) x = select(lanes_of(bits_between(begin - j, end - j)), x, nothing);
       store(s + j, x);
       top = max(x, top);
@@ -185,7 +185,8 @@ struct DecodeUnit {
     const Vec scale = set(static_cast<Real>(d.scale));
     for (int64_t r = 0; r < rows; ++r) {
       const T* q = rows_at<T>(d.q, b, kv_head * group + r / d.L, r % d.L);
-      for (int64_t x = 0; x < d.D; x += kWidth) store(w.q + r * q_stride + x, mul(load_some(q + x, d.D - x), scale));
+      for (int64_t x = 0; x < d.D; x += kWidth)
+        store(w.q + r * q_stride + x, mul(load_some(q + x, d.D - x), scale));
     }
     for (int64_t first = begin; first < end; first += kSpan) {
       const int64_t nk = least(kSpan, end - first);
@@ -195,27 +196,32 @@ struct DecodeUnit {
         w.v[j] = key_row(d.v, b, kv_head, at);
       }
       int64_t r = 0;
-      for (; r + 3 < rows; r += 4) dot_rows<4, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      for (; r + 1 < rows; r += 2) dot_rows<2, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      for (; r + 3 < rows; r += 4)
+        dot_rows<4, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      for (; r + 1 < rows; r += 2)
+        dot_rows<2, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
       if (r < rows) dot_rows<1, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
       for (r = 0; r < rows; ++r)
         soften(b, kv_head * group + r / d.L, r % d.L, first, nk, w.s + r * kSpan, out + r * stride);
       int64_t j = 0;
       for (; j + 3 < nk; j += 4) {
-        for (int64_t i = 0; i < 4; ++i) Ahead(static_cast<const T*>(w.v[j + i + kLookahead]), 0, d.Dv).fetch(0, 1);
+        for (int64_t i = 0; i < 4; ++i)
+          Ahead(static_cast<const T*>(w.v[j + i + kLookahead]), 0, d.Dv).fetch(0, 1);
         for (r = 0; r + 1 < rows; r += 2)
           add_values<2, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
         if (r < rows) add_values<1, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
       }
       for (; j < nk; ++j)
-        for (r = 0; r < rows; ++r) add_values<1, 1, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
+        for (r = 0; r < rows; ++r)
+          add_values<1, 1, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
     }
   }
 
   // One row of out and lse from its chunks, in their order.
   void combine(int64_t b, int64_t kv_head, int64_t r) const {
     const int64_t index = b * d.Hkv + kv_head, head = kv_head * (d.Hq / d.Hkv) + r / d.L, i = r % d.L;
-    const int64_t wide = partials.stride - kWidth, chunks = most<int64_t>(1, (d.lengths[b] + kChunk - 1) / kChunk);
+    const int64_t wide = partials.stride - kWidth,
+                  chunks = most<int64_t>(1, (d.lengths[b] + kChunk - 1) / kChunk);
     Real m = -kInfinity, l = 0;
     for (int64_t c = 0; c < chunks; ++c) m = most(m, partials.row(index, c, r)[wide]);
     Real* total = partials.row(index, 0, r);
@@ -263,7 +269,8 @@ void decode_of(const Decode& d) {
   auto* data = static_cast<Real*>(call_scratch(static_cast<size_t>(counted.size(d)) * sizeof(Real)));
   DecodeUnit<T> u{d, Partials(d, data, longest)};
   const auto heads = static_cast<double>(d.Hq * d.L);
-  run_units(d.B * d.Hkv * counted.chunks, keys * heads * static_cast<double>(d.D + d.Dv), DecodeUnit<T>::chunk_unit, &u);
+  run_units(d.B * d.Hkv * counted.chunks, keys * heads * static_cast<double>(d.D + d.Dv),
+            DecodeUnit<T>::chunk_unit, &u);
   run_units(d.B * d.Hkv, static_cast<double>(counted.size(d)), DecodeUnit<T>::row_unit, &u);
 }
 

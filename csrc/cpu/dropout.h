@@ -45,9 +45,10 @@ ATTN_INLINE uint64_t spread_bytes(uint64_t x) {
   return (x | x << 8) & 0x00ff00ff00ff00ffu;
 }
 
-// kept[j]: bit i set where (q0 + i, k0 + j) is kept. q0 and k0 must be multiples of 16; nq <= kQueries. Writes kept up to
-// the next multiple of 16 after nk.
-ATTN_NOINLINE void dropout_tile(const Dropout& d, int64_t q0, int64_t nq, int64_t k0, int64_t nk, uint64_t* kept) {
+// kept[j]: bit i set where (q0 + i, k0 + j) is kept. q0 and k0 must be multiples of 16; nq <= kQueries.
+// Writes kept up to the next multiple of 16 after nk.
+ATTN_NOINLINE void dropout_tile(const Dropout& d, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                                uint64_t* kept) {
   const int64_t padded = round_up(nk, 16);
   if (d.threshold > 0xffffffffu) {
     for (int64_t j = 0; j < padded; ++j) kept[j] = 0;
@@ -61,7 +62,8 @@ ATTN_NOINLINE void dropout_tile(const Dropout& d, int64_t q0, int64_t nq, int64_
     for (int64_t t = j; t < j + 8; ++t) {
       uint64_t bits[4] = {0, 0, 0, 0};
       for (int x = 0; x < used; x += kWidth) {
-        Words c[4] = {load_words(query + x), words(static_cast<uint32_t>(k0 + t)), words(d.head), words(d.offset)};
+        Words c[4] = {load_words(query + x), words(static_cast<uint32_t>(k0 + t)), words(d.head),
+                      words(d.offset)};
         philox(c, d.key[0], d.key[1]);
         ATTN_UNROLL
         for (int w = 0; w < 4; ++w) bits[w] |= static_cast<uint64_t>(at_least(c[w], threshold)) << x;

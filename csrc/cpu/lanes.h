@@ -1,24 +1,30 @@
 // The vector functions that all kernels use: what a vec_*.h defines, and what follows from it.
 //
-// How a source of one instruction set is made: define ATTN_ISA (the name of its namespace), include its vec_*.h, then the
-// kernels. Everything inside is in an unnamed namespace, so that two sources may include the same headers under different
-// flags. A vec_*.h defines, with kWidth lanes per vector and a block of kRows x (kCols vectors) accumulators in registers:
+// How a source of one instruction set is made: define ATTN_ISA (the name of its namespace), include its
+// vec_*.h, then the kernels. Everything inside is in an unnamed namespace, so that two sources may include
+// the same headers under different flags. A vec_*.h defines, with kWidth lanes per vector and a block of
+// kRows x (kCols vectors) accumulators in registers:
 //
 //   Real, Vec      float (double in the float64 source), and kWidth of them
 //   Lanes          a truth per lane: less(a, b), select(lanes, yes, no), any(lanes), lanes_of(bits)
-//   Words          kWidth unsigned 32-bit numbers: words, load_words, exclusive_or, multiply, at_least (dropout)
-//   load, store    of float, Bf16 and F16, widening and rounding to nearest even; no alignment needed
-//   set zero iota add sub mul div magnitude sum transpose
-//   fma(a, b, c)   a * b + c; nfma(a, b, c) c - a * b
+//   Words          kWidth unsigned 32-bit numbers, for dropout: words, load_words, exclusive_or, multiply
+//
+//   load, store    of float, Bf16, F16: widening, rounding to nearest even, without alignment
+//
+//   fma(a, b, c)   a * b + c, and nfma(a, b, c) is c - a * b; set zero iota add sub mul div magnitude sum
+//
 //   max(a, b)      b where a or b is NaN: running maxima stand second, so that a NaN score is passed over
-//   true_bytes     64 bytes to 64 bits
+//
+//   transpose      kWidth vectors; true_bytes: 64 bytes to 64 bits; at_least: words to bits
 #pragma once
+#include <limits>
+
 #include "platform.h"
 
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-constexpr Real kInfinity = static_cast<Real>(HUGE_VAL);
+constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
 template <class A>
 ATTN_INLINE A least(A a, A b) {
@@ -28,15 +34,17 @@ template <class A>
 ATTN_INLINE A most(A a, A b) {
   return a < b ? b : a;
 }
-ATTN_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+ATTN_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
 ATTN_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 #ifdef ATTN_DOUBLE
 ATTN_INLINE Vec exp_of(Vec x) { return exponential(x); }
 ATTN_INLINE Vec tanh_of(Vec x) { return tangent(x); }
 #else
-// e^x for x up to 88; 0 below -87.7; NaN stays. n = round(x / ln 2), and a minimax polynomial for 2^f, |f| <= 1/2: relative
-// error 9.2e-8 before rounding, and exactly 1 at 0.
+// e^x for x up to 88; 0 below -87.7; NaN stays. n = round(x / ln 2), and a minimax polynomial for 2^f, |f| <=
+// 1/2: relative error 9.2e-8 before rounding, and exactly 1 at 0.
 ATTN_INLINE Vec exp_of(Vec x) {
   const Vec log2e = set(1.44269504f);
   x = max(set(-88.f), x);

@@ -1,14 +1,14 @@
 // Which keys a query sees: a product of four parts (see attn/masks.py), asked for a tile of queries by keys.
 //
-//   lengths    are no mask here: `Sequence` has the lengths inside which there are tokens at all, of a row of the batch
-//              or of a packed sequence; what lies behind them is never read, and its rows are dead
+//   lengths    are no mask here: `Sequence` has the lengths inside which there are tokens at all; what lies
+//              behind them is never read, and its rows are dead
 //   band       Mask::low, high, prefix
 //   documents  Mask::ids_q, ids_k
 //   dense      Mask::keep
 //
 // A kernel makes a Sequence, then a Mask for a head of it, walks the tiles of Mask::keys(...), and asks
-// `classify` for each. Where the answer is kPartial it has filled `seen`: one word per key, bit i for query q0 + i. All
-// positions are those inside the sequence.
+// `classify` for each. Where the answer is kPartial it has filled `seen`: one word per key, bit i for query
+// q0 + i. All positions are those inside the sequence.
 #pragma once
 #include "rows.h"
 
@@ -16,15 +16,15 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 constexpr int64_t kFar = int64_t{1} << 40;  // more than any length
-constexpr int kMaxKeys = 96;                // per tile: its scores, and K and V beside them, stay in the nearest caches
+constexpr int kMaxKeys = 96;  // per tile: its scores, and K and V beside them, stay in the nearest caches
 
 // One row of the batch, or one packed sequence.
 struct Sequence {
-  int64_t batch;           // index into the batch dim of every tensor
-  int64_t number;          // what the dropout and per-sequence tables count
+  int64_t batch;             // index into the batch dim of every tensor
+  int64_t number;            // what the dropout and per-sequence tables count
   int64_t q_first, k_first;  // its first rows
-  int64_t queries, keys;   // its lengths
-  int64_t rows;            // of q, which include the dead ones
+  int64_t queries, keys;     // its lengths
+  int64_t rows;              // of q, which include the dead ones
 
   ATTN_INLINE Sequence(const Problem& p, int64_t n) {
     const bool packed = p.N > 0;
@@ -154,8 +154,8 @@ ATTN_INLINE void and_dense(const Mask& m, int64_t q0, int64_t nq, int64_t k0, in
   for (int64_t j = 0; j < nk; ++j) seen[j] &= rows[j];
 }
 
-// What of the tile is visible. kPartial: seen[j] has bit i set where query q0 + i sees key k0 + j, and no bit from nq on.
-// nq <= kQueries, nk <= Mask::tile_keys().
+// What of the tile is visible. kPartial: seen[j] has bit i set where query q0 + i sees key k0 + j, and no bit
+// from nq on. nq <= kQueries, nk <= Mask::tile_keys().
 ATTN_INLINE Visible classify(const Mask& m, int64_t q0, int64_t nq, int64_t k0, int64_t nk, uint64_t* seen) {
   const Visible band = classify_band(m, q0, nq, k0, nk);
   if (band == kEmpty) return kEmpty;

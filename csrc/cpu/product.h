@@ -1,13 +1,14 @@
 // Products of small matrices: one block of accumulators in registers serves every product of every kernel.
 //
-// A block is up to kRows rows by up to kCols vectors of columns. Its right operand B is rows of columns, read by vectors
-// (in place: rows of V, K, Q, or a packed Q^T); of the left operand A single numbers are broadcast, which lie along
+// A block is up to kRows rows by up to kCols vectors of columns. Its right operand B is rows of columns, read
+// by vectors (in place: rows of V, K, Q, or a packed Q^T); of the left operand A single numbers are
+// broadcast, which lie along
 //   kAlongRows:    A(r, k) = a[r * as + k]     rows of K, V in place; rows of a score tile
 //   kAlongColumns: A(r, k) = a[k * as + r]     columns of a score tile (one key: the queries side by side)
 //
 //   multiply_add<Side>(rows, columns, depth, a, as, b, bs, c, cs, init)
-// C (rows x columns, stride cs) = A B, or += where init is false, for any rows and depth; columns are rounded up to
-// vectors, so that rows of b and c must have round_up(columns, kWidth) numbers.
+// C (rows x columns, stride cs) = A B, or += where init is false, for any rows and depth; columns are rounded
+// up to vectors, so that rows of b and c must have round_up(columns, kWidth) numbers.
 #pragma once
 #include "lanes.h"
 
@@ -17,7 +18,8 @@ namespace {
 enum Side { kAlongRows, kAlongColumns };
 
 template <int M, int N, Side side>
-ATTN_INLINE void accumulate(Vec (&acc)[M][N], const Real* a, int64_t as, const Real* b, int64_t bs, int64_t depth) {
+ATTN_INLINE void accumulate(Vec (&acc)[M][N], const Real* a, int64_t as, const Real* b, int64_t bs,
+                            int64_t depth) {
   const Real* a3 = a + 3 * as;
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[N];
@@ -36,22 +38,20 @@ ATTN_INLINE void accumulate(Vec (&acc)[M][N], const Real* a, int64_t as, const R
 }
 
 template <int M, int N, Side side>
-ATTN_NOINLINE void block(int64_t depth, const Real* a, int64_t as, const Real* b, int64_t bs, Real* c, int64_t cs,
-                         bool init) {
+ATTN_NOINLINE void block(int64_t depth, const Real* a, int64_t as, const Real* b, int64_t bs, Real* c,
+                         int64_t cs, bool init) {
   Vec acc[M][N];
   ATTN_UNROLL
-  for (int r = 0; r < M; ++r)
-    ATTN_UNROLL
-    for (int j = 0; j < N; ++j) acc[r][j] = zero();
+  for (int r = 0; r < M; ++r) ATTN_UNROLL
+  for (int j = 0; j < N; ++j) acc[r][j] = zero();
   accumulate<M, N, side>(acc, a, as, b, bs, depth);
   // What was there is added last: a sum over many tiles then rounds as often as there are tiles, not terms.
   ATTN_UNROLL
-  for (int r = 0; r < M; ++r)
-    ATTN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      Real* at = c + r * cs + j * kWidth;
-      store(at, init ? acc[r][j] : add(load(at), acc[r][j]));
-    }
+  for (int r = 0; r < M; ++r) ATTN_UNROLL
+  for (int j = 0; j < N; ++j) {
+    Real* at = c + r * cs + j * kWidth;
+    store(at, init ? acc[r][j] : add(load(at), acc[r][j]));
+  }
 }
 
 using BlockFunction = void (*)(int64_t, const Real*, int64_t, const Real*, int64_t, Real*, int64_t, bool);
@@ -59,9 +59,9 @@ using BlockFunction = void (*)(int64_t, const Real*, int64_t, const Real*, int64
 // The blocks of M rows, by their number of vectors less one.
 template <int M, Side side>
 struct BlocksOf {
-  static constexpr BlockFunction by_columns[4] = {block<M, 1, side>, block<M, 2, side>,
-                                                  block<M, kCols < 3 ? kCols : 3, side>,
-                                                  block<M, kCols < 4 ? kCols : 4, side>};
+  static constexpr BlockFunction by_columns[4] = {
+      block<M, 1, side>, block<M, 2, side>,     block < M, kCols < 3 ? kCols : 3, side >,
+      block < M,         kCols < 4 ? kCols : 4, side > };
 };
 template <Side side>
 struct Blocks {
@@ -72,8 +72,8 @@ struct Blocks {
 
 // One row of blocks: up to kRows rows, any columns.
 template <Side side>
-ATTN_INLINE void multiply_rows(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t as, const Real* b,
-                               int64_t bs, Real* c, int64_t cs, bool init) {
+ATTN_INLINE void multiply_rows(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t as,
+                               const Real* b, int64_t bs, Real* c, int64_t cs, bool init) {
   const BlockFunction* blocks = Blocks<side>::by_rows[rows - 1];
   for (int64_t j = 0; j < columns; j += kCols * kWidth) {
     const int64_t vectors = least<int64_t>(kCols, (columns - j + kWidth - 1) / kWidth);
@@ -82,11 +82,11 @@ ATTN_INLINE void multiply_rows(int64_t rows, int64_t columns, int64_t depth, con
 }
 
 template <Side side>
-ATTN_INLINE void multiply_add(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t as, const Real* b,
-                              int64_t bs, Real* c, int64_t cs, bool init) {
+ATTN_INLINE void multiply_add(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t as,
+                              const Real* b, int64_t bs, Real* c, int64_t cs, bool init) {
   for (int64_t r = 0; r < rows; r += kRows)
-    multiply_rows<side>(least<int64_t>(kRows, rows - r), columns, depth, side == kAlongColumns ? a + r : a + r * as, as,
-                        b, bs, c + r * cs, cs, init);
+    multiply_rows<side>(least<int64_t>(kRows, rows - r), columns, depth,
+                        side == kAlongColumns ? a + r : a + r * as, as, b, bs, c + r * cs, cs, init);
 }
 
 }  // namespace

@@ -32,10 +32,11 @@ constexpr int kQueries = 64;
 template <class T>
 constexpr bool kInPlace = sizeof(T) == sizeof(Real);  // rows of T can be operands of a product as they are
 
-// `rows` (<= kQueries) rows of `width` numbers, times `factor`, to columns: to[d * kQueries + row]. Rows up to the next
-// multiple of kWidth are 0; the space for `width` must be rounded up to kWidth.
+// `rows` (<= kQueries) rows of `width` numbers, times `factor`, to columns: to[d * kQueries + row]. Rows up
+// to the next multiple of kWidth are 0; the space for `width` must be rounded up to kWidth.
 template <class T>
-ATTN_INLINE void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t width, Real factor, Real* to) {
+ATTN_INLINE void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t width, Real factor,
+                              Real* to) {
   const Vec times = set(factor);
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t d = 0; d < width; d += kWidth) {
@@ -56,7 +57,8 @@ ATTN_INLINE void pack_columns(const T* from, int64_t stride, int64_t rows, int64
 
 // `rows` rows of `width` numbers to Reals, `to_stride` apart, 0 from width up to the next multiple of kWidth.
 template <class T>
-ATTN_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Real* to, int64_t to_stride) {
+ATTN_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Real* to,
+                            int64_t to_stride) {
   const int64_t whole = width / kWidth * kWidth;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t d = 0; d < whole; d += kWidth) store(to + r * to_stride + d, load(from + r * stride + d));
@@ -77,8 +79,8 @@ ATTN_INLINE void zero_row(int64_t width, T* to) {
   memset(to, 0, static_cast<size_t>(width) * sizeof(T));
 }
 
-// Rows as the right operand of a product: in place where they are Reals of whole vectors, else widened into `space`,
-// which has room for rows * round_up(width, kWidth) Reals.
+// Rows as the right operand of a product: in place where they are Reals of whole vectors, else widened into
+// `space`, which has room for rows * round_up(width, kWidth) Reals.
 struct Operand {
   const Real* data;
   int64_t stride;
@@ -94,7 +96,8 @@ template <class T>
 ATTN_INLINE bool is_near(int64_t stride, int64_t width) {
   return kInPlace<T> && stride <= width && width % kWidth == 0;
 }
-// The same, copied where the rows lie far apart: those of a packed projection would meet in few sets of the first cache.
+// The same, copied where the rows lie far apart: those of a packed projection would meet in few sets of the
+// first cache.
 template <class T>
 ATTN_INLINE Operand near_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
   if constexpr (kInPlace<T>)
@@ -113,8 +116,8 @@ ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, in
   }
 }
 
-// Rows that will be wanted soon, as bytes. Rows of one head of many are short pieces far apart, which no CPU foresees by
-// itself.
+// Rows that will be wanted soon, as bytes. Rows of one head of many are short pieces far apart, which no CPU
+// foresees by itself.
 struct Ahead {
   const char* data = nullptr;
   int64_t stride = 0, bytes = 0;

@@ -1,16 +1,18 @@
-// The scores of a tile: scale * q k, soft cap, ALiBi, bias, mask, in this order and in natural units, as attn/reference.py
-// defines them; written once for forward, weights and backward.
+// The scores of a tile: scale * q k, soft cap, ALiBi, bias, mask, in this order and in natural units, as
+// attn/reference.py defines them; written once for forward, weights and backward.
 //
-// A score tile is [key][query] with stride kQueries: the lanes are queries, so that softmax needs no sum across lanes. Its
-// rows beyond the keys asked for are not written; columns are written up to round_up(nq, kWidth), and those from nq
-// on hold anything finite or hidden.
+// A score tile is [key][query] with stride kQueries: the lanes are queries, so that softmax needs no sum
+// across lanes. Its rows beyond the keys asked for are not written; columns are written up to round_up(nq,
+// kWidth), and those from nq on hold anything finite or hidden.
 //
-//   const Sequence sequence(p, n); const Mask mask(p, sequence, head); const Extras extras(p, sequence, head);
-//   pack_columns(q rows, ..., scale, packed)                     once per tile of queries
-//   for the tiles of mask.keys(q0, nq), from a multiple of mask.tile_keys() on:
-//     visible = classify(mask, q0, nq, k0, nk, seen)             kEmpty: next tile
-//     score_tile(extras, left_operand(k rows, ...), D, packed, q0, nq, k0, nk, visible == kPartial ? seen : null,
-//                bias_space, s, d_cap or null)
+// 1. Sequence(p, n), Mask(p, sequence, head), Extras(p, sequence, head)
+//
+// 2. once per tile of queries: pack_columns(q rows, ..., scale, packed)
+//
+// 3. for the tiles of mask.keys(q0, nq), from a multiple of mask.tile_keys() on: classify(mask, ..., seen),
+//    which says kEmpty (next tile), kPartial or kFull (then `seen` is null in what follows)
+//
+// 4. score_tile(extras, left_operand(k rows, ...), ..., seen, bias_space, s, d_cap or null)
 #pragma once
 #include "dropout.h"
 #include "product.h"
@@ -18,10 +20,11 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-constexpr uint64_t kBlockBits = kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
+constexpr uint64_t kBlockBits =
+    kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
 
-// The products of a tile: s[key][query] = k[key] . packed[query]. Blocks in which no pair is visible are left as they
-// are (`seen` null: all are visible). Meanwhile nk rows `ahead` are fetched.
+// The products of a tile: s[key][query] = k[key] . packed[query]. Blocks in which no pair is visible are left
+// as they are (`seen` null: all are visible). Meanwhile nk rows `ahead` are fetched.
 ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, int64_t nq, int64_t nk,
                                 const uint64_t* seen, Real* s, const Ahead& ahead = Ahead()) {
   const Ahead keys(k.data, k.stride, width);
@@ -38,8 +41,8 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, in
     for (int64_t c = 0; c < nq; c += kCols * kWidth) {
       if (!(some >> c & kBlockBits)) continue;
       const int64_t vectors = least<int64_t>(kCols, (nq - c + kWidth - 1) / kWidth);
-      blocks[vectors - 1](width, k.data + r * k.stride, k.stride, packed + c, kQueries, s + r * kQueries + c, kQueries,
-                          true);
+      blocks[vectors - 1](width, k.data + r * k.stride, k.stride, packed + c, kQueries, s + r * kQueries + c,
+                          kQueries, true);
     }
   }
 }
@@ -94,8 +97,8 @@ struct Extras {
     bias_col = p.bias.col;
     bias_dtype = p.bias.dtype;
     const int64_t size = bias_dtype == Dtype::f64 ? 8 : bias_dtype == Dtype::f32 ? 4 : 2;
-    bias = static_cast<const char*>(p.bias.data) + size * (s.batch * p.bias.batch + head * p.bias.head +
-                                                           s.q_first * bias_row + s.k_first * bias_col);
+    bias = static_cast<const char*>(p.bias.data) +
+           size * (s.batch * p.bias.batch + head * p.bias.head + s.q_first * bias_row + s.k_first * bias_col);
   }
   ATTN_INLINE bool none() const { return !(softcap > 0) && !alibi && !bias; }
 };
@@ -114,10 +117,10 @@ ATTN_NOINLINE void read_bias(const Extras& e, int64_t q0, int64_t nq, int64_t k0
   }
 }
 
-// Adds what is on top of the products. `bias_space` has room for nk rows of kQueries. `d_cap`, where given, becomes the
-// derivative of the soft cap, laid out as s (only written where there is one).
-ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* bias_space, Real* s,
-                              Real* d_cap) {
+// Adds what is on top of the products. `bias_space` has room for nk rows of kQueries. `d_cap`, where given,
+// becomes the derivative of the soft cap, laid out as s (only written where there is one).
+ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                              Real* bias_space, Real* s, Real* d_cap) {
   if (e.bias) read_bias(e, q0, nq, k0, nk, bias_space);
   const bool capped = e.softcap > 0;
   const Vec cap = set(e.softcap), uncap = set(capped ? 1 / e.softcap : 0), slope = set(e.slope), one = set(1);
@@ -167,9 +170,9 @@ ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxim
 }
 
 // The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
-ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Real* packed, int64_t q0, int64_t nq,
-                            int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space, Real* s, Real* d_cap,
-                            const Ahead& ahead = Ahead()) {
+ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Real* packed, int64_t q0,
+                            int64_t nq, int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space,
+                            Real* s, Real* d_cap, const Ahead& ahead = Ahead()) {
   score_products(k, width, packed, nq, nk, seen, s, ahead);
   if (!extras.none()) add_extras(extras, q0, nq, k0, nk, bias_space, s, d_cap);
   if (seen) hide(seen, nq, nk, s);

@@ -5,8 +5,8 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-// A row's shift moves only where its maximum has grown by more than this: a factor of 2^8 in the sums, and so the shift
-// that is left for backward stays within 8 ln 2 of the maximum.
+// A row's shift moves only where its maximum has grown by more than this: a factor of 2^8 in the sums, and so
+// the shift that is left for backward stays within 8 ln 2 of the maximum.
 constexpr Real kSlack = static_cast<Real>(5.5);
 
 struct Rows64 {
@@ -22,7 +22,8 @@ struct Rows64 {
     const Vec low = set(-kInfinity);
     for (int64_t c = 0; c < nq; c += kWidth) store(maxima + c, low);
   }
-  // Takes the maxima of a new tile in; true where a shift moved, and then `factor` is what older sums shrink by.
+  // Takes the maxima of a new tile in; true where a shift moved, and then `factor` is what older sums shrink
+  // by.
   ATTN_INLINE bool move(int64_t nq) {
     bool moved = false;
     for (int64_t c = 0; c < nq; c += kWidth)
@@ -43,7 +44,8 @@ struct Rows64 {
 // -infinity, of rows that have seen nothing, as 0: exp(-inf - 0) is the 0 wanted there.
 ATTN_INLINE Vec finite_shift(Vec m) { return select(less(set(-kInfinity), m), m, zero()); }
 
-// Four keys at a time: their sum is made first, which keeps the long sum of a row from gathering rounding errors.
+// Four keys at a time: their sum is made first, which keeps the long sum of a row from gathering rounding
+// errors.
 template <int N>
 ATTN_INLINE void exponentials(const uint64_t* seen, int64_t c, int64_t nk, const Real* m, Real* l, Real* s) {
   Vec shift[N], total[N];
@@ -84,7 +86,8 @@ ATTN_INLINE void exponentials(const uint64_t* seen, int64_t c, int64_t nk, const
 }
 
 // s becomes exp(s - m); l grows by its sums.
-ATTN_NOINLINE void exponentials(const uint64_t* seen, int64_t nq, int64_t nk, const Real* m, Real* l, Real* s) {
+ATTN_NOINLINE void exponentials(const uint64_t* seen, int64_t nq, int64_t nk, const Real* m, Real* l,
+                                Real* s) {
   int64_t c = 0;
   for (; c + kWidth < nq; c += 2 * kWidth) exponentials<2>(seen, c, nk, m, l, s);
   if (c < nq) exponentials<1>(seen, c, nk, m, l, s);

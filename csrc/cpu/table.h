@@ -25,18 +25,26 @@ namespace {
 
 void forward(const Problem& p, const Weights* w) {
   switch (p.dtype) {
-    case Dtype::f32: return forward_of<float>(p, w);
-    case Dtype::bf16: return forward_of<Bf16>(p, w);
-    case Dtype::f16: return forward_of<F16>(p, w);
-    default: return f64::forward(p, w);
+    case Dtype::f32:
+      return forward_of<float>(p, w);
+    case Dtype::bf16:
+      return forward_of<Bf16>(p, w);
+    case Dtype::f16:
+      return forward_of<F16>(p, w);
+    default:
+      return f64::forward(p, w);
   }
 }
 void weights(const Problem& p, const Weights& w) {
   switch (p.dtype) {
-    case Dtype::f32: return weights_of<float>(p, w);
-    case Dtype::bf16: return weights_of<Bf16>(p, w);
-    case Dtype::f16: return weights_of<F16>(p, w);
-    default: return f64::weights(p, w);
+    case Dtype::f32:
+      return weights_of<float>(p, w);
+    case Dtype::bf16:
+      return weights_of<Bf16>(p, w);
+    case Dtype::f16:
+      return weights_of<F16>(p, w);
+    default:
+      return f64::weights(p, w);
   }
 }
 void any_backward(const Problem& p, const Backward& b) {
@@ -44,10 +52,14 @@ void any_backward(const Problem& p, const Backward& b) {
 }
 void decode(const Decode& d) {
   switch (d.dtype) {
-    case Dtype::f32: return decode_of<float>(d);
-    case Dtype::bf16: return decode_of<Bf16>(d);
-    case Dtype::f16: return decode_of<F16>(d);
-    default: return f64::decode(d);
+    case Dtype::f32:
+      return decode_of<float>(d);
+    case Dtype::bf16:
+      return decode_of<Bf16>(d);
+    case Dtype::f16:
+      return decode_of<F16>(d);
+    default:
+      return f64::decode(d);
   }
 }
 

@@ -10,8 +10,8 @@ ATTN_INLINE T* rows_at(const Rows& r, int64_t batch, int64_t head, int64_t row) 
   return static_cast<T*>(r.data) + batch * r.batch + head * r.head + row * r.row;
 }
 
-// Sequence n of a packed call has the tiles from cu_seqlens_q[n] / 64 + n on, which are enough for it whatever its
-// length; some are empty.
+// Sequence n of a packed call has the tiles from cu_seqlens_q[n] / 64 + n on, which are enough for it
+// whatever its length; some are empty.
 ATTN_INLINE int64_t first_tile(const Problem& p, int64_t n) { return p.cu_seqlens_q[n] / kQueries + n; }
 
 // Tiles of one head.

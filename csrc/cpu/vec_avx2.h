@@ -18,7 +18,9 @@ ATTN_INLINE Vec load(const Bf16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-ATTN_INLINE Vec load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+ATTN_INLINE Vec load(const F16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 ATTN_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 ATTN_INLINE void store(F16* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -26,7 +28,8 @@ ATTN_INLINE void store(F16* p, Vec x) {
 ATTN_INLINE void store(Bf16* p, Vec x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i top = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i top =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   // Rounding could carry a NaN into an infinity.
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   top = _mm256_blendv_epi8(top, _mm256_set1_epi32(0x7fc0), nan);
@@ -54,7 +57,9 @@ ATTN_INLINE Lanes lanes_of(uint64_t bits) {
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, one), one));
 }
 // The bits of 2^n where x + (2^23 * 1.5 + 127) has rounded x to n.
-ATTN_INLINE Vec power_of_two(Vec t) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)); }
+ATTN_INLINE Vec power_of_two(Vec t) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
+}
 
 ATTN_INLINE float sum(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -86,7 +91,9 @@ ATTN_INLINE void transpose(Vec (&r)[kWidth]) {
 }
 
 ATTN_INLINE Words words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-ATTN_INLINE Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+ATTN_INLINE Words load_words(const uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 ATTN_INLINE Words exclusive_or(Words a, Words b) { return _mm256_xor_si256(a, b); }
 ATTN_INLINE void multiply(Words a, uint32_t b, Words& high, Words& low) {
   const __m256i m = words(b);

@@ -18,7 +18,9 @@ ATTN_INLINE Vec load(const Bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-ATTN_INLINE Vec load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+ATTN_INLINE Vec load(const F16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 ATTN_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 ATTN_INLINE void store(F16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -30,7 +32,8 @@ ATTN_INLINE void store(Bf16* p, Vec x) {
 #else
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i top = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i top =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   // Rounding could carry a NaN into an infinity.
   top = _mm512_mask_mov_epi32(top, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
@@ -53,7 +56,9 @@ ATTN_INLINE Vec select(Lanes m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b
 ATTN_INLINE bool any(Lanes m) { return m != 0; }
 ATTN_INLINE Lanes lanes_of(uint64_t bits) { return static_cast<Lanes>(bits); }
 // The bits of 2^n where x + (2^23 * 1.5 + 127) has rounded x to n.
-ATTN_INLINE Vec power_of_two(Vec t) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23)); }
+ATTN_INLINE Vec power_of_two(Vec t) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+}
 
 ATTN_INLINE float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 

@@ -14,9 +14,7 @@ using Words = uint32x4_t;
 constexpr int kWidth = 4, kRows = 6, kCols = 4;
 
 ATTN_INLINE Vec load(const float* p) { return vld1q_f32(p); }
-ATTN_INLINE Vec load(const Bf16* p) {
-  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
-}
+ATTN_INLINE Vec load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
 ATTN_INLINE Vec load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 ATTN_INLINE void store(float* p, Vec x) { vst1q_f32(p, x); }
 ATTN_INLINE void store(F16* p, Vec x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
@@ -50,7 +48,9 @@ ATTN_INLINE Lanes lanes_of(uint64_t bits) {
   return vtstq_u32(vdupq_n_u32(static_cast<uint32_t>(bits)), vld1q_u32(one));
 }
 // The bits of 2^n where x + (2^23 * 1.5 + 127) has rounded x to n.
-ATTN_INLINE Vec power_of_two(Vec t) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23)); }
+ATTN_INLINE Vec power_of_two(Vec t) {
+  return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23));
+}
 
 ATTN_INLINE float sum(Vec x) { return vaddvq_f32(x); }
 
@@ -85,7 +85,8 @@ ATTN_INLINE uint64_t true_bytes(const uint8_t* p) {
   uint64_t result = 0;
   for (int i = 0; i < 4; ++i) {
     const uint8x16_t x = vld1q_u8(p + 16 * i), set = vandq_u8(vtstq_u8(x, x), bit);
-    const uint64_t word = vaddv_u8(vget_low_u8(set)) | static_cast<uint64_t>(vaddv_u8(vget_high_u8(set))) << 8;
+    const uint64_t word = vaddv_u8(vget_low_u8(set)) | static_cast<uint64_t>(vaddv_u8(vget_high_u8(set)))
+                                                           << 8;
     result |= word << (16 * i);
   }
   return result;

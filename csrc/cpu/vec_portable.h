@@ -1,5 +1,5 @@
-// Vectors as plain loops, for any CPU; of double where ATTN_DOUBLE is defined, which is how float64 is served. The list
-// of what such a header defines is in lanes.h.
+// Vectors as plain loops, for any CPU; of double where ATTN_DOUBLE is defined, which is how float64 is
+// served. The list of what such a header defines is in lanes.h.
 #pragma once
 #include "platform.h"
 
@@ -95,11 +95,11 @@ ATTN_INLINE Vec iota() {
   return r;
 }
 
-#define ATTN_BINARY(name, expression)      \
-  ATTN_INLINE Vec name(Vec a, Vec b) {     \
-    Vec r;                                 \
-    ATTN_EACH r.x[i] = expression;         \
-    return r;                              \
+#define ATTN_BINARY(name, expression)  \
+  ATTN_INLINE Vec name(Vec a, Vec b) { \
+    Vec r;                             \
+    ATTN_EACH r.x[i] = expression;     \
+    return r;                          \
   }
 ATTN_BINARY(add, a.x[i] + b.x[i])
 ATTN_BINARY(sub, a.x[i] - b.x[i])

@@ -1,7 +1,9 @@
-// Attention weights: probabilities after dropout, per head or averaged over the heads in their order, written once.
+// Attention weights: probabilities after dropout, per head or averaged over the heads in their order, written
+// once.
 //
-// In forward a tile of queries keeps its exponentials of all keys, each with the shift that it was made with, and the
-// final shift and sum make probabilities of them. From the residuals of a forward the scores are computed anew.
+// In forward a tile of queries keeps its exponentials of all keys, each with the shift that it was made with,
+// and the final shift and sum make probabilities of them. From the residuals of a forward the scores are
+// computed anew.
 #pragma once
 #include "softmax.h"
 #include "tiles.h"
@@ -9,14 +11,17 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-// `rows` rows of [key][query] numbers to rows of T: to[query * stride + key], keys [k0, k0 + nk) of which stand in `from`.
+// `rows` rows of [key][query] numbers to rows of T: to[query * stride + key], keys [k0, k0 + nk) of which
+// stand in `from`.
 template <class T>
-ATTN_INLINE void write_transposed(const Real* from, Real factor, int64_t rows, int64_t nk, T* to, int64_t stride) {
+ATTN_INLINE void write_transposed(const Real* from, Real factor, int64_t rows, int64_t nk, T* to,
+                                  int64_t stride) {
   const Vec times = set(factor);
   for (int64_t j = 0; j < nk; j += kWidth)
     for (int64_t c = 0; c < rows; c += kWidth) {
       Vec t[kWidth];
-      for (int i = 0; i < kWidth; ++i) t[i] = j + i < nk ? mul(load(from + (j + i) * kQueries + c), times) : zero();
+      for (int i = 0; i < kWidth; ++i)
+        t[i] = j + i < nk ? mul(load(from + (j + i) * kQueries + c), times) : zero();
       transpose(t);
       const int64_t high = least<int64_t>(kWidth, rows - c);
       for (int64_t i = 0; i < high; ++i) store_some(to + (c + i) * stride + j, t[i], nk - j);
@@ -24,8 +29,8 @@ ATTN_INLINE void write_transposed(const Real* from, Real factor, int64_t rows, i
 }
 
 // to = p[key][query] * factor[query], or += it, and 0 where hidden or dropped, whatever NaN the row holds.
-ATTN_INLINE void scale_columns(const uint64_t* seen, const Real* factor, int64_t nq, int64_t nk, const Real* p, Real* to,
-                               bool accumulates) {
+ATTN_INLINE void scale_columns(const uint64_t* seen, const Real* factor, int64_t nq, int64_t nk,
+                               const Real* p, Real* to, bool accumulates) {
   for (int64_t c = 0; c < nq; c += kWidth) {
     const Vec f = load(factor + c);
     for (int64_t j = 0; j < nk; ++j) {
@@ -71,8 +76,8 @@ struct WeightSpace {
 
   // One head is done: into the mean, or out.
   template <class T>
-  ATTN_INLINE void finish(const Problem& p, const Weights& w, const Sequence& s, int64_t head, int64_t q0, int64_t live,
-                          int64_t rows, const Rows64& r) {
+  ATTN_INLINE void finish(const Problem& p, const Weights& w, const Sequence& s, int64_t head, int64_t q0,
+                          int64_t live, int64_t rows, const Rows64& r) {
     T* to = static_cast<T*>(w.data) + ((s.batch * p.Hq + head) * p.L + q0) * p.S;
     if (!w.average) zero_block(to, rows, p.S);
     for (int64_t t = 0; live > 0 && t < tiles; ++t) {
@@ -86,13 +91,15 @@ struct WeightSpace {
       }
       Real* p_tile = scores + at.k0 * kQueries;
       const uint64_t* visible = at.partial ? seen + at.k0 : nullptr;
-      scale_columns(visible, factor, live, at.nk, p_tile, w.average ? mean + at.k0 * kQueries : p_tile, w.average);
+      scale_columns(visible, factor, live, at.nk, p_tile, w.average ? mean + at.k0 * kQueries : p_tile,
+                    w.average);
       if (!w.average) write_transposed(p_tile, 1, live, at.nk, to + at.k0, p.S);
     }
   }
 
   template <class T>
-  ATTN_INLINE void write_mean(const Problem& p, const Weights& w, const Sequence& s, int64_t q0, int64_t rows) {
+  ATTN_INLINE void write_mean(const Problem& p, const Weights& w, const Sequence& s, int64_t q0,
+                              int64_t rows) {
     const int64_t live = clamp(s.queries - q0, 0, rows);
     T* to = static_cast<T*>(w.data) + (s.batch * p.L + q0) * p.S;
     write_transposed(mean, 1 / static_cast<Real>(p.Hq), live, p.S, to, p.S);
@@ -128,24 +135,28 @@ struct FromResiduals {
   const Weights& weights;
 
   // Adds the weights of one head to w.mean.
-  void add_head(const Sequence& s, int64_t head, int64_t q0, int64_t live, int64_t k0, int64_t nk, ResidualSpace& w) const {
+  void add_head(const Sequence& s, int64_t head, int64_t q0, int64_t live, int64_t k0, int64_t nk,
+                ResidualSpace& w) const {
     const Mask mask(p, s, head);
     const int64_t wanted = least(k0 + nk, s.keys) - k0;
     for (int64_t at = k0; at < k0 + wanted; at += mask.tile_keys()) {
       const int64_t n = least<int64_t>(mask.tile_keys(), k0 + wanted - at);
       const Visible visible = classify(mask, q0, live, at, n, w.seen);
       if (visible == kEmpty) continue;
-      add_tile(s, head, q0, live, at, n, visible == kPartial ? w.seen : nullptr, w, w.mean + (at - k0) * kQueries);
+      add_tile(s, head, q0, live, at, n, visible == kPartial ? w.seen : nullptr, w,
+               w.mean + (at - k0) * kQueries);
     }
   }
 
-  void add_tile(const Sequence& s, int64_t head, int64_t q0, int64_t live, int64_t k0, int64_t nk, const uint64_t* seen,
-                ResidualSpace& w, Real* to) const {
+  void add_tile(const Sequence& s, int64_t head, int64_t q0, int64_t live, int64_t k0, int64_t nk,
+                const uint64_t* seen, ResidualSpace& w, Real* to) const {
     const Extras extras(p, s, head);
     const Dropout dropout(p, s, head);
     const T* k = rows_at<T>(p.k, s.batch, head / (p.Hq / p.Hkv), k0);
-    pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, static_cast<Real>(p.scale), w.packed);
-    score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.bias, w.s, nullptr);
+    pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, static_cast<Real>(p.scale),
+                 w.packed);
+    score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.bias,
+               w.s, nullptr);
     Real m[kQueries] = {}, l[kQueries] = {}, factor[kQueries] = {};
     const int64_t first = (s.batch * p.Hq + head) * p.L + q0;
     for (int64_t i = 0; i < live; ++i) {
@@ -184,7 +195,8 @@ template <class T>
 void weights_of(const Problem& p, const Weights& weights) {
   FromResiduals<T> f{p, weights};
   const int64_t key_tiles = (p.S + kMaxKeys - 1) / kMaxKeys;
-  run_units(query_tiles(p) * key_tiles * (weights.average ? 1 : p.Hq), multiplications(p) / 2, FromResiduals<T>::unit, &f);
+  run_units(query_tiles(p) * key_tiles * (weights.average ? 1 : p.Hq), multiplications(p) / 2,
+            FromResiduals<T>::unit, &f);
 }
 
 }  // namespace
