@@ -49,6 +49,10 @@ _SCHEMAS = (
 _library = torch.library.Library("attn_cpu", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _library.define(_schema)  # type: ignore[no-untyped-call]
+    # They have no derivative, and torch's fallback for such ops is slow. Nor may a kernel stand at autograd's key: keys
+    # behind it resolve lazy negation and lazy zeros, and serve tensor subclasses.
+    _name = _schema.partition("(")[0]
+    _library.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")  # type: ignore[no-untyped-call]
 
 
 def _op(name: str) -> Any:

@@ -245,6 +245,33 @@ def test_outputs_start_poisoned_where_asked(operands: Operands) -> None:
 
 
 @loaded
+def test_lazy_negation_and_lazy_zeros_are_resolved() -> None:
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    expected = attn.attention(q, k, v, bias=q[..., :5] * 3, backend="cpu")
+    lazy = torch._neg_view(-q[..., :5] * 3)
+    assert lazy.is_neg()
+    assert same_bits(attn.attention(q, k, v, bias=lazy, backend="cpu"), expected)
+    assert same_bits(attn.attention(torch._neg_view(-q), k, v, bias=lazy, backend="cpu"), expected)
+    q.requires_grad_()
+    out = attn.attention(q, k, v, backend="cpu")
+    (gradient,) = torch.autograd.grad(out, q, torch._efficientzerotensor(out.shape))
+    assert not gradient.any()
+
+
+@loaded
+def test_tensors_without_memory_of_their_own_are_not_read() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    wrapped = attn.attention(q, TwoTensor(k, k), v, backend="cpu")
+    assert isinstance(wrapped, TwoTensor)
+    assert same_bits(wrapped.a, attn.attention(q, k, v, backend="cpu"))
+    k.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="its storage was freed"):
+        attn.attention(q, k, v, backend="cpu")
+
+
+@loaded
 def test_schemas_tell_the_truth(operands: Operands) -> None:
     x = operands._replace(key_lengths=int32(5, 3))
     out, m, l = load("cpu").forward(x)

@@ -312,10 +312,8 @@ void decode_op(uint64_t* s, uint64_t given, uint64_t taken) {
   s[1] = lse.release();
 }
 
-// Also below the key of autograd: these ops have no derivative of their own, and torch's fallback for such
-// ops is slow.
 struct Ops {
-  explicit Ops(const char* key) : registration("attn_cpu", key) {
+  Ops() : registration("attn_cpu", "CPU") {
     registration.add("forward", forward_op)
         .add("infer", infer_op)
         .add("infer_weights", infer_weights_op)
@@ -327,7 +325,7 @@ struct Ops {
   }
   stable::Registration registration;
 };
-const Ops for_cpu("CPU"), for_autograd("AutogradCPU");
+const Ops ops;
 
 }  // namespace
 }  // namespace attn::cpu
