@@ -26,10 +26,6 @@ ATTN_INLINE void store(F16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 ATTN_INLINE void store(Bf16* p, Vec x) {
-#ifdef __AVX512BF16__
-  const __m256bh half = _mm512_cvtneps_pbh(x);
-  memcpy(p, &half, sizeof half);
-#else
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i top =
@@ -37,7 +33,6 @@ ATTN_INLINE void store(Bf16* p, Vec x) {
   // Rounding could carry a NaN into an infinity.
   top = _mm512_mask_mov_epi32(top, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
-#endif
 }
 ATTN_INLINE Vec set(float x) { return _mm512_set1_ps(x); }
 ATTN_INLINE Vec zero() { return _mm512_setzero_ps(); }
