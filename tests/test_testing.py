@@ -195,6 +195,12 @@ def test_cases_mean_what_their_spec_says() -> None:
         assert spec_of(x, case.spec.lse, case.spec.weights) == case.spec, case
 
 
+def test_hidden_weights_of_a_row_with_nan_have_a_bound() -> None:
+    """Averaged over the heads, a key hidden from such a row in one head alone still has a finite weight."""
+    line = "attention cpu float32 head_dim=8 value_dim=8 keep weights=mean grad | B=2 Hq=2 Hkv=2 L=127 S=127"
+    assert_case(Case.parse(f"{line} kind=visible_nan seed=1100098"), "reference")
+
+
 def test_cases_cover_every_feature_and_kind() -> None:
     drawn = cases(300, 5, ops=("attention", "varlen", "decode"))
     for name in base.FEATURES:

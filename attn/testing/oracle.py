@@ -106,7 +106,8 @@ def _dense(x: Operands, gradients: Gradients, weights: str, sequence: int) -> di
     if weights:
         if seen is not None:
             kept = kept.masked_fill(~seen, 0.0)
-        shown = Exact(kept, kept, kept * spread, alive.expand_as(kept))
+        of_scores = torch.where(kept == 0, 0.0, kept * spread)  # hidden ones of a row with NaN are 0, not NaN
+        shown = Exact(kept, kept, of_scores, alive.expand_as(kept))
         found["weights"] = shown.map(lambda t: t.mean(1)) if weights == "mean" else shown
     d_out, d_lse, d_weights = gradients
     if d_out is not None:
