@@ -126,7 +126,8 @@ class Tensor {
     const void* data = nullptr;
     must(torch_get_const_data_ptr(handle_, &data));
     data_ = const_cast<void*>(data);
-    require(data_ || numel() == 0, "attn_cpu: a tensor has no memory: its storage was freed, or it wraps another");
+    require(data_ || numel() == 0,
+            "attn_cpu: a tensor has no memory: its storage was freed, or it wraps another");
   }
   // A CPU tensor with memory but no values.
   static Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {

@@ -1,7 +1,8 @@
 // What a call is to the CPU kernels: plain pointers, strides and numbers, no torch.
 //
-// The fields are those of `Operands` in attn/spec.py, where their meaning is written; B batch, Hq/Hkv heads, L queries,
-// S keys, D/Dv head dims. Strides count elements. Every pointer may be null where the call has no such operand.
+// The fields are those of `Operands` in attn/spec.py, where their meaning is written; B batch, Hq/Hkv heads,
+// L queries, S keys, D/Dv head dims. Strides count elements. Every pointer may be null where the call has no
+// such operand.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +28,7 @@ struct Problem {
   int64_t B = 0, Hq = 0, Hkv = 0, L = 0, S = 0, D = 0, Dv = 0;
   int64_t N = 0;  // sequences of a packed call (B is 1 there), else 0
   Rows q, k, v, out;
-  Dense bias, keep;  // keep: bool, true = visible
+  Dense bias, keep;                     // keep: bool, true = visible
   const float* alibi_slopes = nullptr;  // (B or N, Hq)
   const int32_t* key_lengths = nullptr;
   const int32_t* query_lengths = nullptr;
@@ -36,7 +37,7 @@ struct Problem {
   const int32_t* prefix = nullptr;
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
-  const int64_t* rng = nullptr;  // seed, offset
+  const int64_t* rng = nullptr;   // seed, offset
   int64_t left = -1, right = -1;  // -1 = unbounded
   bool end = false;
   double scale = 1.0, softcap = 0.0, dropout_p = 0.0;
@@ -44,18 +45,19 @@ struct Problem {
   void* l = nullptr;
 };
 
-// Probabilities after dropout: (B, L, S) averaged over the heads, or (B, Hq, L, S); contiguous, of the call's dtype.
+// Probabilities after dropout: (B, L, S) averaged over the heads, or (B, Hq, L, S); contiguous, of the call's
+// dtype.
 struct Weights {
   void* data = nullptr;
   bool average = true;
 };
 
-// dq, dk, dv have any strides but that of the last dim; d_bias is contiguous in bias's own 4-D shape, given by the strides
-// of `d_bias` (0 = broadcast in the bias, summed here).
+// dq, dk, dv have any strides but that of the last dim; d_bias is contiguous in bias's own 4-D shape, given
+// by the strides of `d_bias` (0 = broadcast in the bias, summed here).
 struct Backward {
   Rows d_out;
   const void* d_lse = nullptr;  // (B, Hq, L) contiguous, type of m; may be null
-  Dense d_weights;  // of the call's dtype; head stride 0 where averaged; data null if none
+  Dense d_weights;              // of the call's dtype; head stride 0 where averaged; data null if none
   bool average = true;
   Rows dq, dk, dv;
   Dense d_bias;
@@ -85,7 +87,8 @@ struct Kernels {
   double (*multiply_adds)(int64_t rounds);  // see peak.h
 };
 
-// The best that this CPU runs, or the one named (as ATTN_CPU_ISA names it); null where it cannot run or is not known.
+// The best that this CPU runs, or the one named (as ATTN_CPU_ISA names it); null where it cannot run or is
+// not known.
 const Kernels* kernels(const char* isa);
 
 // body(context, begin, end) over parts of [0, n) on torch's threads; the kernels' only tie to it.

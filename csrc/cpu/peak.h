@@ -1,11 +1,13 @@
-// Multiply-adds in registers alone: what the arithmetic of this CPU allows, for benchmarks to measure themselves by.
+// Multiply-adds in registers alone: what the arithmetic of this CPU allows, for benchmarks to measure
+// themselves by.
 #pragma once
 #include "lanes.h"
 
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-// Runs `rounds` of multiply-adds that wait for no memory and not for each other; returns how many operations they are.
+// Runs `rounds` of multiply-adds that wait for no memory and not for each other; returns how many operations
+// they are.
 double multiply_adds(int64_t rounds) {
   constexpr int kChains = 12;
   Vec acc[kChains];
