@@ -108,7 +108,7 @@ struct WeightSpace {
 
   template <class T>
   static ATTN_INLINE void zero_block(T* to, int64_t rows, int64_t S) {
-    memset(to, 0, static_cast<size_t>(rows * S) * sizeof(T));
+    if (S > 0) memset(to, 0, static_cast<size_t>(rows * S) * sizeof(T));  // without keys `to` may be null
   }
 };
 
