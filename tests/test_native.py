@@ -144,6 +144,14 @@ def test_packed_bounds_are_checked(cu: Tensor, message: str) -> None:
 
 
 @loaded
+@pytest.mark.parametrize("dense", [{"bias": torch.zeros(1, 1, 10, 10)}, {"keep": torch.ones(1, 1, 1, 10) > 0}])
+def test_packed_calls_take_no_dense_parts(dense: dict[str, Tensor]) -> None:
+    q, cu = torch.randn(1, 4, 10, 8), int32(0, 4, 10)
+    with pytest.raises(ValueError, match="a packed call takes no bias, keep or documents"):
+        load("cpu").forward(Operands(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, **dense))
+
+
+@loaded
 @pytest.mark.parametrize(
     ("lengths", "table", "message"),
     [

@@ -216,6 +216,7 @@ struct Call {
     static const int32_t i32 = aoti_torch_dtype_int32();
     p.N = sequences();
     require(p.B == 1, "a packed call has batch size 1, not ", p.B);
+    require(!t[bias] && !t[keep] && !t[ids_q], "a packed call takes no bias, keep or documents");
     p.cu_seqlens_q = vector_of<int32_t>("cu_seqlens_q", t[cu_q], i32, {p.N + 1});
     p.cu_seqlens_k = vector_of<int32_t>("cu_seqlens_k", t[cu_k], i32, {p.N + 1});
     require_cumulative("cu_seqlens_q", p.cu_seqlens_q, p.N, p.L);
