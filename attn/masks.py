@@ -145,6 +145,8 @@ def _side(name: str, value: int | None) -> int | None:
         raise TypeError(f"window(): {name} is {value!r}; give an int >= 0, or None for unbounded")
     if value < 0:
         raise ValueError(f"window(): {name} is {value}; give an int >= 0, or None for unbounded")
+    if isinstance(value, int) and value > torch.iinfo(torch.int64).max // 2:
+        raise ValueError(f"window(): {name} is {value}, beyond any length; give None for unbounded")
     return value
 
 

@@ -305,6 +305,8 @@ def _four_dims(name: str, t: Tensor, q: Tensor, S: int, floating: bool = False) 
     """t as a 4-D view, each of its dims 1 or that of (B, Hq, L, S)."""
     if not isinstance(t, Tensor) or (floating and not t.is_floating_point()):
         raise TypeError(f"{name} is {_kind(t)}; give a float tensor (a bool mask goes into attn.masks.dense)")
+    if t.layout is not torch.strided or t.is_nested:
+        raise ValueError(f"{name} is a nested or sparse tensor; give a dense one")
     full = (q.shape[0], q.shape[1], q.shape[2], S)
     shape = t.shape
     fits = len(shape) <= 4 and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))

@@ -85,6 +85,7 @@ BAD = [
     ({"q": None}, TypeError, "q is NoneType"),
     ({"q": torch.randn(L, D)}, ValueError, r"q has shape \(5, 8\)"),
     ({"q": torch.randn(B, H, L, D).to_sparse()}, ValueError, "q is a nested or sparse tensor"),
+    ({"bias": torch.randn(L, S).to_sparse()}, ValueError, "bias is a nested or sparse tensor"),
     ({"k": torch.randn(B + 1, H, S, D)}, ValueError, "batch sizes"),
     ({"v": torch.randn(B, H, S + 1, D)}, ValueError, "length"),
     ({"k": torch.randn(B, 3, S, D), "v": torch.randn(B, 3, S, D)}, ValueError, r"query heads \(4\)"),

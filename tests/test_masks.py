@@ -227,6 +227,7 @@ def test_most_tiles_of_a_long_causal_call_need_no_mask_code() -> None:
         (lambda: masks.padding(torch.tensor([1])) & masks.padding(torch.tensor([1, 2])), ValueError, "do not match"),
         (lambda: masks.dense(torch.zeros(2, 3)) & masks.dense(torch.zeros(2, 4)), ValueError, "do not broadcast"),
         (lambda: masks.window(-1, 0), ValueError, "left is -1"),
+        (lambda: masks.window(2**70, 0), ValueError, "left is .*, beyond any length; give None"),
         (lambda: masks.window(0, -2), ValueError, "right is -2"),
         (lambda: masks.window(1.5, 0), TypeError, "left is 1.5"),
         (lambda: masks.window(True, 0), TypeError, "left is True"),
