@@ -106,11 +106,13 @@ struct BackwardPass {
       for (; n < tiles && q0 < live; ++n, q0 += kQueries) {
         t.read_queries(t.w.queries[n], q0, least<int64_t>(kQueries, live - q0));
         t.find_delta();
-        if (bias_later)
-          memcpy(shared.deltas + t.of->first, t.of->delta, static_cast<size_t>(t.of->nq) * sizeof(Real));
       }
       against_keys(t, n, to);
-      for (int64_t i = 0; i < n; ++i) write_queries(t, t.w.queries[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        const GradientQueries& of = t.w.queries[i];
+        write_queries(t, of);
+        if (bias_later) memcpy(shared.deltas + of.first, of.delta, static_cast<size_t>(of.nq) * sizeof(Real));
+      }
     }
     for (int64_t i = live; i < end; ++i) zero_row(p.D, rows_at<T>(b.dq, s.batch, t.head, s.q_first + i));
   }

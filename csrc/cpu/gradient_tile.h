@@ -2,7 +2,8 @@
 // head, from the residuals m and l of a forward.
 //
 // For query i and key j, with dW = d_out v + d_weights: dP = drop(dW), delta = rowsum(out d_out) + rowsum(W
-// d_weights) - d_lse. Rows that are dead take part as rows of zeros, whatever stands in them.
+// d_weights) - d_lse; where one tile holds all keys, rowsum(P dP) - d_lse, which is the same without the
+// rounding of `out`. Rows that are dead take part as rows of zeros, whatever stands in them.
 #pragma once
 #include "scores.h"
 #include "softmax.h"
@@ -23,6 +24,7 @@ struct GradientQueries {
   uint64_t live;          // those that are not dead
   Range keys;             // outside which none of them sees any
   bool untouched;         // nothing has been added to dq
+  bool one_tile;          // delta is found with the scores
 
   ATTN_INLINE void take(Carver& c, int64_t wide_k, int64_t wide_v) {
     packed_q = c.take<Real>(wide_k * kQueries);
@@ -128,6 +130,20 @@ ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, co
   }
 }
 
+// ds: dP to dS, given P. Hidden pairs become 0.
+ATTN_NOINLINE void subtract_delta(const uint64_t* seen, int64_t nk, const GradientQueries& of, const Real* p,
+                                  Real* ds) {
+  for (int64_t c = 0; c < of.nq; c += kWidth) {
+    const Vec delta = load(of.delta + c);
+    for (int64_t j = 0; j < nk; ++j) {
+      const int64_t at = j * kQueries + c;
+      Vec x = mul(load(p + at), sub(load(ds + at), delta));
+      if (seen) x = select(lanes_of(seen[j] >> c & bits_between(0, kWidth)), x, zero());
+      store(ds + at, x);
+    }
+  }
+}
+
 // One head of one sequence, at a tile of queries, at a tile of keys.
 template <class T>
 struct GradientTile {
@@ -166,6 +182,7 @@ struct GradientTile {
     of->first = (s.batch * p.Hq + head) * p.L + s.q_first + q0;
     of->live = 0;
     of->untouched = true;
+    of->one_tile = false;
     const Range r = mask.keys(q0, nq);
     of->keys = {r.begin / step() * step(), r.end};
     for (int64_t i = 0; i < kQueries; ++i) {
@@ -183,8 +200,14 @@ struct GradientTile {
     pack_columns(of->g.data, of->g.stride, nq, p.Dv, 1, of->packed_g);
   }
 
-  // delta of these queries.
+  // delta of these queries, or what of it does not wait for the scores.
   void find_delta() {
+    of->one_tile = of->keys.end - of->keys.begin <= step();
+    if (of->one_tile) {
+      for (int64_t i = 0; i < of->nq && b.d_lse; ++i)
+        if (of->live >> i & 1) of->delta[i] = -static_cast<const Real*>(b.d_lse)[of->first + i];
+      return;
+    }
     const T* out = rows_at<const T>(p.out, s.batch, head, s.q_first + of->q0);
     for (int64_t i = 0; i < of->nq; ++i) {
       if (!(of->live >> i & 1)) continue;
@@ -226,7 +249,10 @@ struct GradientTile {
     score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, w.ds);
     if (b.d_weights.data) add_weights();
     if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.ds);
-    differentiate(seen, nk, *of, w.p, w.ds);
+    if (!of->one_tile) return differentiate(seen, nk, *of, w.p, w.ds);
+    differentiate(seen, nk, *of, w.p, nullptr);
+    add_products(seen, of->nq, nk, w.p, w.ds, 1, of->delta);
+    subtract_delta(seen, nk, *of, w.p, w.ds);
   }
 
  private:
