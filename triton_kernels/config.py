@@ -91,7 +91,9 @@ _COMMON: dict[str, Tile] = {
     "decode": Tile(16, 64, 4, 2),
     "delta": Tile(64, 0, 4, 1),
 }
+_WIDE_BIAS = Tile(32, 32, 8, 1)  # four tensors of head_dim 256 at once in shared memory
 _FLOAT32: dict[int, Tile] = {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
+_FLOAT32_DECODE: dict[int, Tile] = {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 _INTERPRETER = Tile(32, 32, 4, 1)
 
 
@@ -124,10 +126,12 @@ def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
     family = FAMILY.get(arch, "small")
     if family == "interpreter":
         return _INTERPRETER._replace(rows=64) if name == "delta" else _INTERPRETER
+    if itemsize == 4 and name != "delta":
+        return (_FLOAT32_DECODE if name == "decode" else _FLOAT32)[bucket(dim)]
+    if name == "bias" and bucket(dim) == 256:
+        return _WIDE_BIAS
     if name in _COMMON:
         return _COMMON[name]
-    if itemsize == 4:
-        return _FLOAT32[bucket(dim)]
     found = _16_BIT.get((family, name)) or _16_BIT[family, "keys"]
     at = found.get(-bucket(dim) if dim % 16 else 0) or found[bucket(dim)]
     return at if isinstance(at, Tile) else at[load * (len(at) - 1) // 2]
