@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
     collect_ignore_glob = ["test_*.py"]
 

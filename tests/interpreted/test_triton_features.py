@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from interpreted_cases import DTYPES, SITUATIONS, situation
 
 from attn.backends import load
 from attn.testing import Case, assert_case, assert_gradients, cases, oracle
+from attn.testing.matrix import DTYPES, SITUATIONS, situation
 from attn.triton_kernels import arguments, config
 from attn.triton_kernels.launch import observed
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_cases import situation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn.backends import load
 from attn.spec import DecodeOperands, Operands
 from attn.testing import Case
+from attn.testing.matrix import situation
 from attn.triton_kernels import config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="guard pages need POSIX")

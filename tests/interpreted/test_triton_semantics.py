@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from interpreted_cases import situation
 
 import attn
 from attn import reference, rng
 from attn.backends import load
 from attn.spec import DecodeOperands, Operands
 from attn.testing import assert_case, assert_close, assert_verdicts, laws, spy
+from attn.testing.matrix import situation
 
 TRITON = load("triton")
 

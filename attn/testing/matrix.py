@@ -1,4 +1,4 @@
-"""The feature matrix of the Triton kernels as cases, small and odd."""
+"""The feature matrix: every feature and every pair that has gone wrong somewhere, by name, as small odd cases."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Any
 import torch
 
 from attn.spec import AttentionSpec
-from attn.testing import Case
+from attn.testing.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = {"B": 2, "Hq": 2, "Hkv": 1, "L": 40, "S": 67, "grouped": True, "head_dim": 20, "value_dim": 12, "lse": True}
+
+
+def _decoding(**more: Any) -> dict[str, Any]:
+    spec = {"op": "decode", "band": "end", "causal": True, "key_lengths": True, "grad": False}
+    return spec | {"B": 3, "L": 1, "S": 150} | more
+
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -57,6 +63,10 @@ SITUATIONS: dict[str, dict[str, Any]] = {
         **{"op": "varlen", "B": 3, "L": 40, "S": 40, "band": "start", "left": 9, "right": 0, "prefix": True},
         **{"alibi": True, "softcap": True, "dropout": True},
     },
+    "decode": _decoding(),
+    "decode_grouped": _decoding(Hq=6, L=4, alibi=True, softcap=True, kind="past_nan"),
+    "decode_window": _decoding(L=2, causal=False, left=20),
+    "decode_paged": _decoding(Hq=4, L=3, paged=True, value_dim=40),
     "everything": {
         **{"band": "end", "right": 3, "prefix": True, "key_lengths": True, "query_lengths": True, "documents": True},
         **{"keep": True, "bias": True, "bias_grad": True, "alibi": True, "softcap": True, "dropout": True, "B": 1},
@@ -65,10 +75,9 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 
 
 def situation(name: str, dtype: torch.dtype, **more: Any) -> Case:
-    """The case of that name."""
-    fields = PLAIN | SITUATIONS[name] | more
+    """The case of that name; `more` changes fields of the spec or of the case. Raises KeyError for another name."""
+    fields: dict[str, Any] = PLAIN | {"grad": True, "seed": 11} | SITUATIONS[name] | more
     of_spec = {n: v for n, v in fields.items() if n in AttentionSpec._fields}
-    rest = {n: v for n, v in fields.items() if n not in of_spec}
-    case = Case(AttentionSpec(dtype=dtype, grad=True, **of_spec), **({"seed": 11} | rest))
+    case = Case(AttentionSpec(dtype=dtype, **of_spec), **{n: v for n, v in fields.items() if n not in of_spec})
     case.check()
     return case
