@@ -14,6 +14,7 @@
 #endif
 
 struct AtenTensorOpaque;
+struct DeviceGuardOpaque;
 struct TorchLibraryOpaque;
 
 // Every function below is found by name in this text when an import library is made for Windows: one a
@@ -26,7 +27,6 @@ ATTN_TORCH_API int32_t aoti_torch_dtype_float64();
 ATTN_TORCH_API int32_t aoti_torch_dtype_int32();
 ATTN_TORCH_API int32_t aoti_torch_dtype_int64();
 ATTN_TORCH_API int32_t aoti_torch_dtype_bool();
-ATTN_TORCH_API int32_t aoti_torch_device_type_cpu();
 ATTN_TORCH_API int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t,
                                                     TorchLibraryOpaque**);
 ATTN_TORCH_API int32_t aoti_torch_delete_library_object(TorchLibraryOpaque*);
@@ -44,6 +44,10 @@ ATTN_TORCH_API int32_t aoti_torch_get_sizes(AtenTensorOpaque*, int64_t**);
 ATTN_TORCH_API int32_t aoti_torch_get_strides(AtenTensorOpaque*, int64_t**);
 ATTN_TORCH_API int32_t aoti_torch_get_dtype(AtenTensorOpaque*, int32_t*);
 ATTN_TORCH_API int32_t aoti_torch_get_device_type(AtenTensorOpaque*, int32_t*);
+ATTN_TORCH_API int32_t aoti_torch_get_device_index(AtenTensorOpaque*, int32_t*);
+ATTN_TORCH_API int32_t aoti_torch_zero_(AtenTensorOpaque*);
+ATTN_TORCH_API int32_t aoti_torch_create_device_guard(int32_t, DeviceGuardOpaque**);
+ATTN_TORCH_API int32_t aoti_torch_delete_device_guard(DeviceGuardOpaque*);
 ATTN_TORCH_API int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*),
                                           void*);
 ATTN_TORCH_API int32_t torch_get_num_threads(uint32_t*);
@@ -74,6 +78,12 @@ inline void must(int32_t status) {
 
 constexpr int kMaxDims = 4;
 
+struct Device {
+  int32_t type = -1, index = -1;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
 // Owns one handle; sizes and strides are torch's own arrays, valid as long as the handle.
 class Tensor {
  public:
@@ -93,6 +103,7 @@ class Tensor {
   int64_t size(int i) const { return sizes_[i]; }
   int64_t stride(int i) const { return strides_[i]; }
   int32_t dtype() const { return dtype_; }
+  Device device() const { return device_; }
   void* data() const { return data_; }
 
   int64_t numel() const {
@@ -127,13 +138,13 @@ class Tensor {
     must(torch_get_const_data_ptr(handle_, &data));
     data_ = const_cast<void*>(data);
     require(data_ || numel() == 0,
-            "attn_cpu: a tensor has no memory: its storage was freed, or it wraps another");
+            "attn: a tensor has no memory: its storage was freed, or it wraps another");
   }
-  // A CPU tensor with memory but no values.
-  static Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-    static const int32_t cpu = aoti_torch_device_type_cpu();
+  // With memory but no values.
+  static Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                      Device device) {
     AtenTensorOpaque* handle = nullptr;
-    must(aoti_torch_empty_strided(dims, sizes, strides, dtype, cpu, 0, &handle));
+    must(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
     Tensor t(handle);
     t.describe();
     must(aoti_torch_get_data_ptr(handle, &t.data_));
@@ -147,10 +158,12 @@ class Tensor {
       strides[i] = n;
       n *= sizes_[i];
     }
-    Tensor copy = empty(dims_, sizes_, strides, dtype_);
+    Tensor copy = empty(dims_, sizes_, strides, dtype_, device_);
     must(aoti_torch_copy_(copy.handle_, handle_, 0));
     return copy;
   }
+
+  void zero() { must(aoti_torch_zero_(handle_)); }
 
   // To Python, which then owns it; a tensor that is not there becomes None.
   uint64_t release() {
@@ -161,10 +174,12 @@ class Tensor {
  private:
   void describe() {
     must(aoti_torch_get_dim(handle_, &dims_));
-    require(dims_ <= kMaxDims, "attn_cpu: a tensor has ", dims_, " dims; at most ", kMaxDims, " are taken");
+    require(dims_ <= kMaxDims, "attn: a tensor has ", dims_, " dims; at most ", kMaxDims, " are taken");
     must(aoti_torch_get_sizes(handle_, &sizes_));
     must(aoti_torch_get_strides(handle_, &strides_));
     must(aoti_torch_get_dtype(handle_, &dtype_));
+    must(aoti_torch_get_device_type(handle_, &device_.type));
+    must(aoti_torch_get_device_index(handle_, &device_.index));
   }
   void swap(Tensor& other) noexcept {
     std::swap(handle_, other.handle_);
@@ -172,6 +187,7 @@ class Tensor {
     std::swap(sizes_, other.sizes_);
     std::swap(strides_, other.strides_);
     std::swap(dtype_, other.dtype_);
+    std::swap(device_, other.device_);
     std::swap(data_, other.data_);
   }
 
@@ -180,6 +196,7 @@ class Tensor {
   int64_t* sizes_ = nullptr;
   int64_t* strides_ = nullptr;
   int32_t dtype_ = -1;
+  Device device_;
   void* data_ = nullptr;
 };
 

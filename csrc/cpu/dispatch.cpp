@@ -1,7 +1,7 @@
 // Which instruction set runs.
 #include <cstring>
 
-#include "attention.h"
+#include "kernels.h"
 
 #if defined(ATTN_HAVE_AVX2) || defined(ATTN_HAVE_AVX512)
 #ifdef _MSC_VER

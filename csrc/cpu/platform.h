@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
+#include "kernels.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>

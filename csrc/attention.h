@@ -1,4 +1,4 @@
-// What a call is to the CPU kernels: plain pointers, strides and numbers, no torch.
+// What a call is to the C++ and CUDA kernels: plain pointers, strides and numbers, no torch.
 //
 // The fields are those of `Operands` in attn/spec.py, where their meaning is written; B batch, Hq/Hkv heads,
 // L queries, S keys, D/Dv head dims. Strides count elements. Every pointer may be null where the call has no
@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-namespace attn::cpu {
+namespace attn {
 
 enum class Dtype : int32_t { f32, bf16, f16, f64 };
 
@@ -66,9 +66,10 @@ struct Backward {
 struct Decode {
   Dtype dtype = Dtype::f32;
   int64_t B = 0, Hq = 0, Hkv = 0, L = 0, D = 0, Dv = 0;
-  int64_t slots = 0;  // keys per row of a contiguous cache, or per page
-  int64_t pages = 0;  // columns of block_table, 0 if contiguous
-  Rows q, k, v, out;  // batch stride of k, v: per sequence, or per page
+  int64_t slots = 0;   // keys per row of a contiguous cache, or per page
+  int64_t pages = 0;   // columns of block_table, 0 if contiguous
+  int64_t blocks = 0;  // pages that the cache has, 0 if contiguous
+  Rows q, k, v, out;   // batch stride of k, v: per sequence, or per page
   const int32_t* lengths = nullptr;
   const int32_t* block_table = nullptr;  // (B, pages)
   const float* alibi_slopes = nullptr;
@@ -77,22 +78,4 @@ struct Decode {
   void* lse = nullptr;  // (B, Hq, L) contiguous, type of m
 };
 
-// The kernels of one instruction set. Values that the caller has not checked: none; see attn/backends/cpu.py.
-struct Kernels {
-  const char* isa;
-  void (*forward)(const Problem&, const Weights*);  // m, l and weights only where asked for
-  void (*weights)(const Problem&, const Weights&);  // from m, l
-  void (*backward)(const Problem&, const Backward&);
-  void (*decode)(const Decode&);
-  double (*multiply_adds)(int64_t rounds);  // see peak.h
-};
-
-// The best that this CPU runs, or the one named (as ATTN_CPU_ISA names it); null where it cannot run or is
-// not known.
-const Kernels* kernels(const char* isa);
-
-// body(context, begin, end) over parts of [0, n) on torch's threads; the kernels' only tie to it.
-void parallel_for(int64_t n, void (*body)(void*, int64_t, int64_t), void* context);
-int thread_count();
-
-}  // namespace attn::cpu
+}  // namespace attn

@@ -1,15 +1,16 @@
 // From the tensors and numbers of a call (`Operands` in attn/spec.py) to a `Problem`: shapes, dtypes and the
 // values that point somewhere are checked here, so that a kernel never reads outside a tensor whatever it is
-// given.
+// given. Where values cannot be looked at (on a GPU that would stop the queue), the kernels clamp them.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
 
-#include "../torch_stable.h"
 #include "attention.h"
+#include "torch_stable.h"
 
-namespace attn::cpu {
+namespace attn::bind {
 
+using stable::Device;
 using stable::fail;
 using stable::require;
 using stable::Tensor;
@@ -93,6 +94,29 @@ inline Dense dense_of(const char* name, const Tensor& t, const Problem& p) {
 // A side of the band; beyond any length it is the same as no limit, and sums of it cannot overflow.
 inline int64_t side(int64_t n) { return n < 0 ? -1 : std::min<int64_t>(n, int64_t(1) << 40); }
 
+// Outputs in the memory layout (B, rows, H, width), whose shape is (B, H, rows, width).
+inline Tensor empty_rows(int64_t B, int64_t H, int64_t rows, int64_t width, Dtype dtype, Device device) {
+  const int64_t sizes[] = {B, H, rows, width};
+  const int64_t strides[] = {rows * H * width, width, H * width, 1};
+  return Tensor::empty(4, sizes, strides, torch_dtype(dtype), device);
+}
+inline Tensor empty_dense(std::initializer_list<int64_t> sizes, int32_t dtype, Device device) {
+  int64_t strides[stable::kMaxDims], n = 1;
+  for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = n;
+    n *= sizes.begin()[i];
+  }
+  return Tensor::empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device);
+}
+inline Tensor empty_dense(std::initializer_list<int64_t> sizes, Dtype dtype, Device device) {
+  return empty_dense(sizes, torch_dtype(dtype), device);
+}
+
+// A pointer to another device's memory is not one.
+inline void require_device(const char* name, const Tensor& t, Device device) {
+  require(!t || t.device() == device, name, " must be on the device of q");
+}
+
 // The tensors of a call, kept alive as long as the problem that points into them.
 struct Call {
   enum {
@@ -117,6 +141,8 @@ struct Call {
   static constexpr int kWords = count + kNumbers;
   static constexpr int kPlainWords = 8;  // q, k, v, left, right, end, scale, softcap
 
+  explicit Call(bool reads_values) : reads_values_(reads_values) {}
+
   Tensor t[count];
   Problem p;
 
@@ -129,7 +155,10 @@ struct Call {
   }
 
   void read(const uint64_t* words) {
-    for (Tensor& each : t) each.look();
+    for (Tensor& each : t) {
+      each.look();
+      require_device("every tensor of a call", each, device());
+    }
     const uint64_t* n = words + count;
     numbers(n[0], n[1], n[2], n[5], n[6]);
     p.dropout_p = stable::real(n[7]);
@@ -138,25 +167,15 @@ struct Call {
     tables();
   }
   void read_plain(const uint64_t* words) {
-    for (int i = q; i <= v; ++i) t[i].look();
+    for (int i = q; i <= v; ++i) {
+      t[i].look();
+      require_device("every tensor of a call", t[i], device());
+    }
     numbers(words[3], words[4], words[5], words[6], words[7]);
     basic();
   }
 
-  // Outputs in the memory layout (B, rows, H, width), whose shape is (B, H, rows, width).
-  static Tensor empty_rows(int64_t B, int64_t H, int64_t rows, int64_t width, Dtype dtype) {
-    const int64_t sizes[] = {B, H, rows, width};
-    const int64_t strides[] = {rows * H * width, width, H * width, 1};
-    return Tensor::empty(4, sizes, strides, torch_dtype(dtype));
-  }
-  static Tensor empty_dense(std::initializer_list<int64_t> sizes, Dtype dtype) {
-    int64_t strides[stable::kMaxDims], n = 1;
-    for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
-      strides[i] = n;
-      n *= sizes.begin()[i];
-    }
-    return Tensor::empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, torch_dtype(dtype));
-  }
+  Device device() const { return t[q].device(); }
 
  private:
   void numbers(uint64_t left, uint64_t right, uint64_t end, uint64_t scale, uint64_t softcap) {
@@ -202,9 +221,11 @@ struct Call {
     p.ids_k = vector_of<int64_t>("ids_k", t[ids_k], i64, {p.B, p.S});
     p.prefix = vector_of<int32_t>("prefix", t[prefix], i32, {seqs});
     require(bool(t[ids_q]) == bool(t[ids_k]), "ids_q and ids_k must be given together");
-    require_range("key_lengths", p.key_lengths, seqs, 0, p.S);
-    require_range("query_lengths", p.query_lengths, seqs, 0, p.L);
-    require_range("prefix", p.prefix, seqs, 0, INT32_MAX);
+    if (reads_values_) {
+      require_range("key_lengths", p.key_lengths, seqs, 0, p.S);
+      require_range("query_lengths", p.query_lengths, seqs, 0, p.L);
+      require_range("prefix", p.prefix, seqs, 0, INT32_MAX);
+    }
     p.rng = vector_of<int64_t>("rng", t[rng], i64, {2});
     require(p.dropout_p >= 0 && p.dropout_p <= 1, "dropout_p is ", p.dropout_p, "; it must be in [0, 1]");
     require(p.dropout_p == 0 || p.rng, "rng must be given where dropout_p > 0");
@@ -217,15 +238,22 @@ struct Call {
     p.N = sequences();
     require(p.B == 1, "a packed call has batch size 1, not ", p.B);
     require(!t[bias] && !t[keep] && !t[ids_q], "a packed call takes no bias, keep or documents");
+    if (p.N == 0) no_sequences(i32);
     p.cu_seqlens_q = vector_of<int32_t>("cu_seqlens_q", t[cu_q], i32, {p.N + 1});
     p.cu_seqlens_k = vector_of<int32_t>("cu_seqlens_k", t[cu_k], i32, {p.N + 1});
+    if (!reads_values_) return;
     require_cumulative("cu_seqlens_q", p.cu_seqlens_q, p.N, p.L);
     require_cumulative("cu_seqlens_k", p.cu_seqlens_k, p.N, p.S);
-    if (p.N > 0) return;
-    static const int32_t nothing[] = {0,
-                                      0};  // no sequences: one without tokens, for N = 0 means a padded call
+  }
+
+  // One sequence without tokens: N = 0 would mean a padded call.
+  void no_sequences(int32_t i32) {
     p.N = 1;
-    p.cu_seqlens_q = p.cu_seqlens_k = nothing;
+    for (Tensor* each : {&t[cu_q], &t[cu_k]}) {
+      require_shape("cu_seqlens", *each, {1});
+      *each = empty_dense({2}, i32, device());
+      each->zero();
+    }
     p.alibi_slopes = nullptr;
     p.key_lengths = p.query_lengths = p.prefix = nullptr;
   }
@@ -235,6 +263,8 @@ struct Call {
     require(t[cu_q].dims() == 1 && t[cu_q].size(0) >= 1, "cu_seqlens_q must have shape (sequences + 1,)");
     return t[cu_q].size(0) - 1;
   }
+
+  bool reads_values_;
 };
 
-}  // namespace attn::cpu
+}  // namespace attn::bind
