@@ -10,21 +10,19 @@
 //   ldg<T> stg<T>                          global load (of what this launch does not write) and store
 //   cp_async_4 cp_async_8 cp_async_16      (to, from, valid_bytes): the rest of the bytes arrive as 0
 //   cp_async_commit cp_async_wait<N>       close a group; wait until at most N groups are under way
-//   ldmatrix_x4 ldmatrix_x4_trans          four 8x8 matrices of 16-bit elements, row i of matrix j from lane 8j+i
-//   mma_m16n8k16<T> mma_m16n8k8_tf32       d += a b, accumulated in float
-//   shfl_xor shfl_idx vote_any             across a warp
-//   sync_warp sync_threads                 barriers of a warp and of the block
-//   ex2 lg2 rcp                            approximate, subnormals are 0
-//   tanh                                   to a few units in the last place
+//   ldmatrix_x4 ldmatrix_x4_trans          four 8x8 matrices of 16-bit elements, row i of matrix j from lane
+//   8j+i mma_m16n8k16<T> mma_m16n8k8_tf32       d += a b, accumulated in float shfl_xor shfl_idx vote_any
+//   across a warp sync_warp sync_threads                 barriers of a warp and of the block ex2 lg2 rcp
+//   approximate, subnormals are 0 tanh                                   to a few units in the last place
 //   pack2<T> unpack2<T> to_float from_float<T> to_tf32 mul_hi_u32
 //   launch<Kernel>(params, grid, stream)   host side; "" or what went wrong
 //
-// Every function of a warp or of the block is called by all of its threads, on one source line. Kernels hold no
-// pointer into shared memory, and no __shared__ array. A kernel is
+// Every function of a warp or of the block is called by all of its threads, on one source line. Kernels hold
+// no pointer into shared memory, and no __shared__ array. A kernel is
 //   struct Kernel {
 //     struct Params { ... };                              // plain data, at most 4 KB
-//     static constexpr int kThreads, kSmem, kMinBlocks;   // a block's threads and shared bytes; blocks wanted on an SM
-//     ATTN_DEV static void run(const Params&);
+//     static constexpr int kThreads, kSmem, kMinBlocks;   // a block's threads and shared bytes; blocks
+//     wanted on an SM ATTN_DEV static void run(const Params&);
 //   };
 #pragma once
 #include <cstdint>
@@ -65,6 +63,11 @@ ATTN_DEV To bit_cast(const From& from) {
   memcpy(&to, &from, sizeof to);
   return to;
 }
+
+// A flag is no number of bytes.
+ATTN_DEV void cp_async_16(uint32_t, const void*, bool) = delete;
+ATTN_DEV void cp_async_8(uint32_t, const void*, bool) = delete;
+ATTN_DEV void cp_async_4(uint32_t, const void*, bool) = delete;
 
 }  // namespace attn::cuda::prim
 

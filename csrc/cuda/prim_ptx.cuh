@@ -91,10 +91,12 @@ ATTN_DEV void cp_async_16(uint32_t to, const void* from, int valid_bytes) {
                : "memory");
 }
 ATTN_DEV void cp_async_8(uint32_t to, const void* from, int valid_bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid_bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid_bytes)
+               : "memory");
 }
 ATTN_DEV void cp_async_4(uint32_t to, const void* from, int valid_bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid_bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid_bytes)
+               : "memory");
 }
 ATTN_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -219,7 +221,8 @@ const char* opt_in_to_shared_memory() {
   if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return cudaGetErrorString(e);
   const uint64_t bit = uint64_t(1) << (device & 63);
   if (device < 64 && (done.load(std::memory_order_relaxed) & bit)) return "";
-  if (cudaError_t e = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSmem);
+  if (cudaError_t e =
+          cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSmem);
       e != cudaSuccess) {
     cudaGetLastError();  // or the next launch would report it again
     return cudaGetErrorString(e);
@@ -230,10 +233,14 @@ const char* opt_in_to_shared_memory() {
 
 template <class Kernel>
 const char* launch(const typename Kernel::Params& params, Grid grid, void* stream) {
+  static_assert(sizeof(typename Kernel::Params) <= 4096 &&
+                std::is_trivially_copyable_v<typename Kernel::Params>);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "";
-  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return "the grid has more blocks than a launch can have";
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    return "the grid has more blocks than a launch can have";
   if (const char* error = opt_in_to_shared_memory<Kernel>(); *error) return error;
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z));
   entry<Kernel><<<blocks, Kernel::kThreads, Kernel::kSmem, static_cast<cudaStream_t>(stream)>>>(params);
   const cudaError_t e = cudaGetLastError();
   return e == cudaSuccess ? "" : cudaGetErrorString(e);
