@@ -1,6 +1,7 @@
-"""The compiled library of the CPU kernels: loaded, its instruction set chosen, and its ops.
+"""The compiled library of the CPU kernels: loaded, its instruction set chosen, and its ops. `attn/native_cuda.py` has
+that of the CUDA kernels.
 
-The schemas stand here alone and exist on every install; the library only brings what runs behind them. The ops know
+The schemas stand here alone and exist on every install; a library only brings what runs behind them. The ops know
 no autograd and check every shape, dtype and index themselves: a bad one is a ValueError.
 """
 
@@ -31,7 +32,7 @@ _OPERANDS = (  # the fields of `attn.spec.Operands`, in their order
 )
 _PLAIN = "Tensor q, Tensor k, Tensor v, int left, int right, bool end, float scale, float softcap"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-_SCHEMAS = (
+PASSES = (  # of every library
     # weights: 0 none, 1 averaged over the heads, 2 per head. out, m, l, weights; None for what is not asked for.
     f"forward({_OPERANDS}, int weights, bool residuals) -> {_FOUR}",
     f"weights(Tensor m, Tensor l, {_OPERANDS}, bool average) -> Tensor",
@@ -39,6 +40,8 @@ _SCHEMAS = (
     f"{_OPERANDS}, bool bias_grad) -> {_FOUR}",
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? alibi_slopes, "
     "int left, int right, float scale, float softcap) -> (Tensor, Tensor)",
+)
+_SHORT = (
     # The same for calls of three tensors: every argument and result more costs time that small calls do not have.
     f"infer({_PLAIN}) -> Tensor",
     f"infer_weights({_PLAIN}, int weights) -> (Tensor, Tensor)",
@@ -46,29 +49,35 @@ _SCHEMAS = (
     f"plain_backward(Tensor d_out, Tensor out, Tensor m, Tensor l, {_PLAIN}) -> {_FOUR}",
 )
 
-_library = torch.library.Library("attn_cpu", "DEF")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _library.define(_schema)  # type: ignore[no-untyped-call]
-    # They have no derivative, and torch's fallback for such ops is slow. Nor may a kernel stand at autograd's key: keys
-    # behind it resolve lazy negation and lazy zeros, and serve tensor subclasses.
-    _name = _schema.partition("(")[0]
-    _library.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")  # type: ignore[no-untyped-call]
+
+def define(namespace: str, schemas: tuple[str, ...], keys: tuple[str, ...]) -> torch.library.Library:
+    """The ops of one library, without what runs behind them; they exist as long as the returned object."""
+    library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+    for schema in schemas:
+        library.define(schema)  # type: ignore[no-untyped-call]
+        # They have no derivative, and torch's fallback for such ops is slow. Nor may a kernel stand at autograd's key:
+        # keys behind it resolve lazy negation and lazy zeros, and serve tensor subclasses.
+        for key in keys:
+            name = schema.partition("(")[0]
+            library.impl(name, torch.library.fallthrough_kernel, key)  # type: ignore[no-untyped-call]
+    return library
 
 
-def _op(name: str) -> Any:
+def op(namespace: str, name: str) -> Any:
     """The op as cheaply as it can be called: without the Python method around it, where this torch has one."""
-    op = getattr(torch.ops.attn_cpu, name).default
-    return getattr(op, "_op", op)
+    found = getattr(getattr(torch.ops, namespace), name).default
+    return getattr(found, "_op", found)
 
 
-forward, weights, backward, decode = map(_op, ("forward", "weights", "backward", "decode"))
-infer, infer_weights = map(_op, ("infer", "infer_weights"))
-plain, plain_backward = map(_op, ("plain", "plain_backward"))
+_library = define("attn_cpu", (*PASSES, *_SHORT), ("AutogradCPU",))
+forward, weights, backward, decode = (op("attn_cpu", name) for name in ("forward", "weights", "backward", "decode"))
+infer, infer_weights = op("attn_cpu", "infer"), op("attn_cpu", "infer_weights")
+plain, plain_backward = op("attn_cpu", "plain"), op("attn_cpu", "plain_backward")
 
 
-def path() -> Path:
-    """Where the library is, if it was built."""
-    return Path(__file__).with_name("_native_cpu" + (".dll" if sys.platform == "win32" else ".so"))
+def path(kind: str = "cpu") -> Path:
+    """Where the library for "cpu" or "cuda" is, if it was built."""
+    return Path(__file__).with_name(f"_native_{kind}" + (".dll" if sys.platform == "win32" else ".so"))
 
 
 def build_info() -> dict[str, Any]:

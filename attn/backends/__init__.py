@@ -7,6 +7,7 @@ import importlib
 from attn.backends.base import Backend
 
 BACKENDS = {
+    "cuda": "attn.backends.cuda:CudaBackend",
     "triton": "attn.backends.triton:TritonBackend",
     "cpu": "attn.backends.cpu:CpuBackend",
     "sdpa": "attn.backends.sdpa:SdpaBackend",

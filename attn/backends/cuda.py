@@ -1,0 +1,100 @@
+"""The CUDA C++ kernels as a backend: every feature, on NVIDIA GPUs of compute capability 8.0 and newer.
+
+With ATTN_CUDA_EMULATED=<path of the emulated library> the same kernels run on CPU tensors, for tests; then only where
+this backend is forced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn import native_cuda
+from attn.backends.base import Backend, Capability, Forward, Gradients
+from attn.spec import AttentionSpec, DecodeOperands, Operands
+
+NO_WEIGHTS, MEAN, HEADS = range(3)
+"""What `native_cuda.forward` takes as `weights`."""
+
+OLDEST = 80
+
+
+class CudaBackend(Backend):
+    """Runs `csrc/cuda/`."""
+
+    name = "cuda"
+    needs_proof = True
+    capability = Capability(
+        devices=frozenset({"cpu"} if native_cuda.EMULATED else {"cuda"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    )
+
+    def available(self) -> str | None:
+        """None where the library was built, loads, and finds a GPU and a driver that is new enough."""
+        return native_cuda.load()
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        """Old GPUs, and those for which the library has no code."""
+        if not spec.arch.startswith("sm_"):
+            return None
+        arch, built = int(spec.arch.removeprefix("sm_")), native_cuda.images()
+        if arch < OLDEST:
+            return f"needs compute capability 8.0 or newer, not {spec.arch}"
+        if built and not native_cuda.runs_on(arch, built):
+            ptx = f" and PTX of {built['ptx']}" if built["ptx"] else ""
+            has = f"{', '.join(built['archs'])}{ptx}"
+            return f"was built for {has}, not for {spec.arch}; ATTN_CUDA_ARCHS names what it is built for"
+        return None
+
+    def only_forced(self, spec: AttentionSpec) -> str | None:
+        """On CPU tensors, always."""
+        return "runs CPU tensors in an emulator, only when forced" if spec.device == "cpu" else None
+
+    def forward(self, x: Operands) -> Forward:
+        """See `Backend.forward`."""
+        out, m, l, _ = native_cuda.forward(*_taken(x), NO_WEIGHTS, True)
+        return out, m, l
+
+    def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
+        """Without residuals, weights after it."""
+        wanted = {"": NO_WEIGHTS, "mean": MEAN, "heads": HEADS}[weights]
+        out, _, _, w = native_cuda.forward(*_taken(x), wanted, False)
+        return out, w
+
+    def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
+        """See `Backend.weights`."""
+        result: Tensor = native_cuda.weights(m, l, *_taken(x), average)
+        return result
+
+    def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One call for both."""
+        result: tuple[Tensor, Tensor, Tensor, Tensor]
+        result = native_cuda.forward(*_taken(x), MEAN if average else HEADS, True)
+        return result
+
+    def backward(
+        self,
+        x: Operands,
+        residuals: Forward,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        d_weights: Tensor | None,
+        needs_bias_grad: bool,
+    ) -> Gradients:
+        """See `Backend.backward`."""
+        dq, dk, dv, d_bias = native_cuda.backward(d_out, d_lse, d_weights, *residuals, *_taken(x), needs_bias_grad)
+        if d_bias is not None and x.bias is not None:
+            d_bias = d_bias.to(x.bias.dtype)
+        return dq, dk, dv, d_bias
+
+    def decode(self, x: DecodeOperands) -> tuple[Tensor, Tensor]:
+        """See `Backend.decode`."""
+        result: tuple[Tensor, Tensor] = native_cuda.decode(*x)
+        return result
+
+
+def _taken(x: Operands) -> Operands:
+    """x with a bias in a type that the kernels read."""
+    if x.bias is None or x.bias.dtype != torch.float64:
+        return x
+    return x._replace(bias=x.bias.float())
