@@ -6,31 +6,26 @@ timed unless asked for: a first call never waits for a search.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
+
+from attn import user_cache
 
 from . import config
 from .arguments import Tiles, plans
 
 ROUNDS = 5
+FILE = "triton-tiles.json"
 _state: dict[str, bool] = {"loaded": False, "busy": False}
 
 
 def wanted() -> bool:
     """Whether the environment asks for it."""
     return os.environ.get("ATTN_AUTOTUNE", "0") not in ("", "0")
-
-
-def path() -> Path:
-    """Where the quickest tiles are kept."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "attn" / "triton-tiles.json"
 
 
 def tune(tiles: Tiles, names: Iterable[str], run: Callable[[], object]) -> None:
@@ -96,18 +91,10 @@ def _seconds(key: str, t: config.Tile, run: Callable[[], object], device: torch.
 
 def _read() -> dict[str, config.Tile]:
     try:
-        return {key: config.Tile(*map(int, t)) for key, t in json.loads(path().read_text()).items()}
-    except (OSError, ValueError, TypeError):  # not there, or not ours
+        return {key: config.Tile(*map(int, t)) for key, t in user_cache.read(FILE).items()}
+    except (ValueError, TypeError):  # not ours
         return {}
 
 
 def _write() -> None:
-    file = path()
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}")
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            json.dump({**_read(), **config.TUNED}, out, indent=0)
-        beside.replace(file)
-    except OSError:  # a cache that cannot be written costs time, not results
-        return
+    user_cache.write(FILE, {**_read(), **config.TUNED})  # where it cannot be written, that costs time, not results

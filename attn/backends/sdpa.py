@@ -87,7 +87,8 @@ def _dense(x: Operands) -> Tensor | None:
     seen = masks.visibility(x, L, S)
     bias = x.bias
     if x.alibi_slopes is not None:
-        slope = -masks.distances(x, L, S) * x.alibi_slopes[:, :, None, None]
+        slopes = x.alibi_slopes.to(torch.promote_types(x.q.dtype, x.alibi_slopes.dtype))  # float64 calls stay exact
+        slope = -masks.distances(x, L, S) * slopes[:, :, None, None]
         bias = slope if bias is None else bias + slope
     if bias is None:
         return seen

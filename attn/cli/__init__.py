@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "what is installed, which backends work here, why the others do not, and the cure",
     "demo": "swap the module into two models, train them on real text, compare losses, time and memory",
+    "verify": "every backend against the reference on this machine, a table; a case line replays one case",
     "explain": "which backend runs a call, given as a line, and why each other one does not",
 }
 

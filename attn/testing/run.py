@@ -70,7 +70,8 @@ def judge(case: Case, results: Results, x: Operands | DecodeOperands | None = No
         found = getattr(results, name)
         if found is not None:
             gate = case.gated and name not in ("lse", "weights")
-            verdicts.append(compare(name, found, exact[name], gate, tf32, x.q.dtype if name == "d_bias" else None))
+            coarser = max(x.q, found, key=lambda t: torch.finfo(t.dtype).eps).dtype if name == "d_bias" else None
+            verdicts.append(compare(name, found, exact[name], gate, tf32, coarser))
     if results.m is not None and results.l is not None:
         verdicts += judge_residuals(exact, results.m, results.l, tf32)
     return verdicts

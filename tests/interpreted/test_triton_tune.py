@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn import user_cache
 from attn.backends import load
 from attn.spec import Operands
 from attn.testing import assert_close
@@ -22,7 +23,7 @@ def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(config, "TUNED", {})
     monkeypatch.setitem(tune._state, "loaded", False)
     arguments.plans.clear()
-    yield tune.path()
+    yield user_cache.path(tune.FILE)
     arguments.plans.clear()
 
 
