@@ -4,8 +4,8 @@
 #include <string>
 #include <type_traits>
 
-#include "emulator.h"
-#include "numbers.h"
+#include "emulator/emulator.h"
+#include "emulator/numbers.h"
 
 // Only as default arguments themselves do the builtins mean the caller's line.
 #define ATTN_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
