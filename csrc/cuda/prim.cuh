@@ -30,10 +30,14 @@
 
 #if defined(__CUDACC__)
 #define ATTN_DEV __device__ __forceinline__
+#define ATTN_HOST_DEV __host__ __device__
 #define ATTN_UNROLL _Pragma("unroll")
+#define ATTN_NO_UNROLL _Pragma("unroll 1")
 #elif defined(ATTN_HOST)
 #define ATTN_DEV inline
+#define ATTN_HOST_DEV
 #define ATTN_UNROLL
+#define ATTN_NO_UNROLL
 #else
 #error "compile with nvcc, or with -DATTN_HOST for the emulator"
 #endif

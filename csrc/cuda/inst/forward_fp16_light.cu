@@ -1,0 +1,10 @@
+#include "../forward_launch.cuh"
+
+namespace attn::cuda {
+
+template const char* launch_forward<fp16, 32, false>(const Call&, Stream);
+template const char* launch_forward<fp16, 64, false>(const Call&, Stream);
+template const char* launch_forward<fp16, 128, false>(const Call&, Stream);
+template const char* launch_forward<fp16, 256, false>(const Call&, Stream);
+
+}  // namespace attn::cuda
