@@ -31,6 +31,12 @@ struct Plane {
     data = static_cast<const char*>(d.data);
     if (data) data += size * (s.batch * d.batch + head * d.head);
   }
+  ATTN_DEV Plane transposed() const {
+    Plane t = *this;
+    t.row = col;
+    t.col = row;
+    return t;
+  }
   template <class T>
   ATTN_DEV T read(int i, int j) const {
     return ldg(reinterpret_cast<const T*>(data) + i * row + j * col);
@@ -69,7 +75,10 @@ struct DensePart {
   ATTN_DEV DensePart(const Problem& p, const Sequence& s, int head)
       : bias(p.bias, s, head, size_of(p.bias.dtype)), keep(p.keep, s, head, 1) {}
 
+  ATTN_DEV DensePart(const Plane& bias_, const Plane& keep_) : bias(bias_), keep(keep_) {}
+
   ATTN_DEV bool any() const { return bias.data || keep.data; }
+  ATTN_DEV DensePart transposed() const { return {bias.transposed(), keep.transposed()}; }
 
   // By one warp, between barriers of it.
   template <class Piece>

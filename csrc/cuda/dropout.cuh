@@ -38,10 +38,10 @@ struct Dropout {
   }
 };
 
-// 0 where dropped, in an accumulator whose element [0][0] is that of query q0 and key k0, both multiples
-// of 16. kTransposed: its rows are keys.
-template <bool kTransposed = false, int kM, int kN>
-ATTN_DEV void drop(const Dropout& d, int q0, int k0, float (&p)[kM][kN][4]) {
+// visit(m, n, e, whether it is kept) for the elements of an accumulator whose element [0][0] is that of query
+// q0 and key k0, both multiples of 16. kTransposed: its rows are keys.
+template <int kM, int kN, bool kTransposed, class Visit>
+ATTN_DEV void each_kept(const Dropout& d, int q0, int k0, const Visit& visit) {
   static_assert(kN % 2 == 0);
   ATTN_UNROLL
   for (int m = 0; m < kM; ++m) ATTN_UNROLL
@@ -50,11 +50,19 @@ ATTN_DEV void drop(const Dropout& d, int q0, int k0, float (&p)[kM][kN][4]) {
     const int row = row_of(m, e), col = col_of(n, e);
     u32x4 w = kTransposed ? d.words(q0 + col, k0 + row) : d.words(q0 + row, k0 + col);
     if (kTransposed) w = {w.x, w.z, w.y, w.w};
-    if (!d.keeps(w.x)) p[m][n][e] = 0.f;
-    if (!d.keeps(w.y)) p[m][n + 1][e] = 0.f;
-    if (!d.keeps(w.z)) p[m][n][e + 2] = 0.f;
-    if (!d.keeps(w.w)) p[m][n + 1][e + 2] = 0.f;
+    visit(m, n, e, d.keeps(w.x));
+    visit(m, n + 1, e, d.keeps(w.y));
+    visit(m, n, e + 2, d.keeps(w.z));
+    visit(m, n + 1, e + 2, d.keeps(w.w));
   }
+}
+
+// 0 where dropped.
+template <int kM, int kN>
+ATTN_DEV void drop(const Dropout& d, int q0, int k0, float (&p)[kM][kN][4]) {
+  each_kept<kM, kN, false>(d, q0, k0, [&](int m, int n, int e, bool kept) {
+    if (!kept) p[m][n][e] = 0.f;
+  });
 }
 
 }  // namespace attn::cuda

@@ -33,7 +33,7 @@ struct Sequence {
   int number;            // what the dropout and per-sequence tables count
   int q_first, k_first;  // its first rows
   int queries, keys;     // its lengths
-  int rows;              // of q, which include the dead ones
+  int rows, key_rows;    // of q and k, which include the dead ones
 };
 
 ATTN_DEV int cumulative(const int32_t* values, int n, int total) {
@@ -50,18 +50,19 @@ ATTN_DEV Sequence sequence_of(const Problem& p, int n) {
   s.rows = (packed ? most(cumulative(p.cu_seqlens_q, n + 1, static_cast<int>(p.L)), s.q_first)
                    : static_cast<int>(p.L)) -
            s.q_first;
-  s.keys = (packed ? most(cumulative(p.cu_seqlens_k, n + 1, static_cast<int>(p.S)), s.k_first)
-                   : static_cast<int>(p.S)) -
-           s.k_first;
+  s.key_rows = (packed ? most(cumulative(p.cu_seqlens_k, n + 1, static_cast<int>(p.S)), s.k_first)
+                       : static_cast<int>(p.S)) -
+               s.k_first;
   s.queries = p.query_lengths ? clamp<int>(ldg(p.query_lengths + n), 0, s.rows) : s.rows;
-  if (p.key_lengths) s.keys = clamp<int>(ldg(p.key_lengths + n), 0, s.keys);
+  s.keys = p.key_lengths ? clamp<int>(ldg(p.key_lengths + n), 0, s.key_rows) : s.key_rows;
   return s;
 }
 
 // The rows of a packed call that belong to no sequence, as a sequence of dead ones.
 ATTN_DEV Sequence rest_of(const Problem& p) {
-  const int first = cumulative(p.cu_seqlens_q, static_cast<int>(p.N), static_cast<int>(p.L));
-  return {0, 0, first, 0, 0, 0, static_cast<int>(p.L) - first};
+  const int n = static_cast<int>(p.N), L = static_cast<int>(p.L), S = static_cast<int>(p.S);
+  const int q_first = cumulative(p.cu_seqlens_q, n, L), k_first = cumulative(p.cu_seqlens_k, n, S);
+  return {0, 0, q_first, k_first, 0, 0, L - q_first, S - k_first};
 }
 
 ATTN_DEV int64_t of_lane(int64_t x, int mask) {
@@ -89,6 +90,9 @@ struct Mask {
   // The band alone, whose anchor is `off`.
   ATTN_DEV Mask(int low_, int high_, int keys_, int queries_)
       : low(low_), high(high_), prefix(0), keys(keys_), queries(queries_), ids_q(nullptr), ids_k(nullptr) {}
+
+  // The band with queries and keys exchanged.
+  ATTN_DEV Mask mirrored() const { return Mask(-high, -low, queries, keys); }
 
   // By lengths of keys and band.
   ATTN_DEV bool near(int i, int j) const { return j < keys && j >= i + low && j <= i + high; }
@@ -181,6 +185,48 @@ struct KeyTiles {
       k0 += kKeys;
     }
     return {k0, v != Visible::kFull};
+  }
+};
+
+// Likewise the tiles of kQueries queries that the keys [k0, k0 + nk) are visited by. Keys past the last hide
+// nothing.
+template <int kQueries, bool kDocuments>
+struct QueryTiles {
+  struct Tile {
+    int q0;
+    bool partial;
+  };
+
+  const Mask& mask;
+  int k0, nk, begin, end;
+  Ids mine{0, 0};
+
+  ATTN_DEV QueryTiles(const Mask& m, int k0_, int nk_) : mask(m), k0(k0_), nk(least(nk_, m.keys - k0_)) {
+    const bool everyone = k0 < m.prefix;
+    begin = clamp(everyone ? 0 : k0 - m.high, 0, m.queries) / kQueries * kQueries;
+    end = nk > 0 ? clamp(everyone ? m.queries : k0 + nk - m.low, begin, most(begin, m.queries)) : begin;
+    if constexpr (kDocuments)
+      if (m.ids_k) mine = extremes(m.ids_k, k0, nk, m.keys);
+  }
+
+  ATTN_DEV bool has(const Tile& t) const { return t.q0 < end; }
+  ATTN_DEV Tile first() const { return from(begin); }
+  ATTN_DEV Tile after(const Tile& t) const { return from(t.q0 + kQueries); }
+
+ private:
+  ATTN_DEV Tile from(int q0) const {
+    Visible v = Visible::kPartial;
+    while (q0 < end) {
+      v = mask.tile(q0, kQueries, k0, nk);
+      if constexpr (kDocuments)
+        if (mask.ids_q && v != Visible::kEmpty) {
+          const Visible same = documents(mine, mask.ids_q, q0, kQueries, mask.queries);
+          if (same != Visible::kFull) v = same;
+        }
+      if (!kDocuments || v != Visible::kEmpty) break;
+      q0 += kQueries;
+    }
+    return {q0, v != Visible::kFull};
   }
 };
 

@@ -72,32 +72,48 @@ ATTN_DEV void hide_band(const Mask& mask, int q0, int k0, float (&s)[kM][kN][4])
   }
 }
 
-// Likewise by prefix and documents too.
-template <int kM, int kN>
+// Likewise by prefix and documents too. kTransposed: the rows of the accumulator are keys.
+template <bool kTransposed, int kM, int kN>
 ATTN_DEV void hide_all(const Mask& mask, int q0, int k0, float (&s)[kM][kN][4]) {
   ATTN_UNROLL
   for (int n = 0; n < kN; ++n) ATTN_UNROLL
   for (int x = 0; x < 2; ++x) {
-    const int j = k0 + col_of(n, x);
-    const int64_t id = mask.ids_k && j < mask.keys ? ldg(mask.ids_k + j) : 0;
+    const int64_t* of_rows = kTransposed ? mask.ids_k : mask.ids_q;
+    const int64_t* of_cols = kTransposed ? mask.ids_q : mask.ids_k;
+    const int rows = kTransposed ? mask.keys : mask.queries, cols = kTransposed ? mask.queries : mask.keys;
+    const int col = (kTransposed ? q0 : k0) + col_of(n, x);
+    const int64_t id = of_cols && col < cols ? ldg(of_cols + col) : 0;
     ATTN_UNROLL
     for (int m = 0; m < kM; ++m) ATTN_UNROLL
     for (int e = x; e < 4; e += 2) {
-      const int i = q0 + row_of(m, e);
-      bool seen = mask.near_or_prefix(i, j);
-      if (mask.ids_q && i < mask.queries) seen = seen && ldg(mask.ids_q + i) == id;
+      const int row = (kTransposed ? k0 : q0) + row_of(m, e);
+      bool seen = kTransposed ? mask.near_or_prefix(col, row) : mask.near_or_prefix(row, col);
+      if (of_rows && row < rows) seen = seen && ldg(of_rows + row) == id;
       if (!seen) s[m][n][e] = -INFINITY;
     }
   }
 }
 
+struct NoCap {
+  ATTN_DEV void operator()(int, int, int, float) const {}
+};
+
 // The scores of a warp's accumulator of products. `partial`: whether the tile hides anything by band, lengths
-// or documents. `piece`: room in shared memory for a Staged<kM * 16, kN * 8> of this warp.
-template <unsigned kFeatures, int kM, int kN>
+// or documents. `piece`: room in shared memory for a Staged<kM * 16, kN * 8> of this warp. kTransposed: the
+// rows of the accumulator are keys, and `dense` is transposed too. on_cap(m, n, e, derivative of the soft
+// cap).
+template <unsigned kFeatures, bool kTransposed = false, int kM, int kN, class OnCap = NoCap>
 ATTN_DEV void finish_scores(const Extras& extras, const DensePart& dense, const Mask& mask, bool partial,
-                            int q0, int k0, uint32_t piece, float (&s)[kM][kN][4]) {
+                            int q0, int k0, uint32_t piece, float (&s)[kM][kN][4],
+                            const OnCap& on_cap = OnCap()) {
+  const auto hide_by_band = [&] {
+    if constexpr (kTransposed)
+      hide_band(mask.mirrored(), k0, q0, s);
+    else
+      hide_band(mask, q0, k0, s);
+  };
   if constexpr (kFeatures == kBandOnly) {
-    if (partial) hide_band(mask, q0, k0, s);
+    if (partial) hide_by_band();
   } else {
     using Piece = Staged<kM * 16, kN * 8>;
     bool staged = false;
@@ -105,7 +121,10 @@ ATTN_DEV void finish_scores(const Extras& extras, const DensePart& dense, const 
       staged = dense.any();
       if (staged) {
         sync_warp();
-        dense.template stage_piece<Piece>(piece, q0, mask.queries, k0, mask.keys);
+        if constexpr (kTransposed)
+          dense.template stage_piece<Piece>(piece, k0, mask.keys, q0, mask.queries);
+        else
+          dense.template stage_piece<Piece>(piece, q0, mask.queries, k0, mask.keys);
         sync_warp();
       }
     }
@@ -113,8 +132,11 @@ ATTN_DEV void finish_scores(const Extras& extras, const DensePart& dense, const 
     for (int m = 0; m < kM; ++m) ATTN_UNROLL
     for (int n = 0; n < kN; ++n) ATTN_UNROLL
     for (int e = 0; e < 4; ++e) {
+      const int i = q0 + (kTransposed ? col_of(n, e) : row_of(m, e));
+      const int j = k0 + (kTransposed ? row_of(m, e) : col_of(n, e));
       float d_cap;
-      s[m][n][e] = extras.score(s[m][n][e], q0 + row_of(m, e), k0 + col_of(n, e), d_cap);
+      s[m][n][e] = extras.score(s[m][n][e], i, j, d_cap);
+      on_cap(m, n, e, d_cap);
     }
     if (staged) {
       ATTN_UNROLL
@@ -128,9 +150,9 @@ ATTN_DEV void finish_scores(const Extras& extras, const DensePart& dense, const 
     }
     if (partial) {
       if constexpr ((kFeatures & kDocuments) != 0)
-        hide_all(mask, q0, k0, s);
+        hide_all<kTransposed>(mask, q0, k0, s);
       else
-        hide_band(mask, q0, k0, s);
+        hide_by_band();
     }
   }
 }
