@@ -34,7 +34,7 @@ Range cells_at(uint32_t address, uint32_t bytes, Loc loc) {
 void check_after_write(const Cell& c, uint32_t offset, uint32_t t, const char* what, Loc loc) {
   if (c.writer == kNone || c.writer == t || c.write_epoch != machine.epoch) return;
   if (c.writer / 32 == t / 32 && c.write_warp_epoch != machine.warp[t / 32].epoch) return;
-  fail(Err::SharedRace, loc, "%s of shared byte %u is not ordered after the write by thread %u", what, offset,
+  fail(Err::SharedRace, loc, "%s shared byte %u is not ordered after the write by thread %u", what, offset,
        c.writer);
 }
 
@@ -80,7 +80,7 @@ void check_overwrite(const Range& r, const Cell* c, uint32_t t, Loc loc) {
   if (c->flags & kInFlight)
     fail(Err::SharedInFlight, loc, "write to shared byte %u while a copy into it is under way", r.offset(c));
   if (!machine.opt.race) return;
-  check_after_write(*c, r.offset(c), t, "write", loc);
+  check_after_write(*c, r.offset(c), t, "write to", loc);
   check_after_reads(*c, r.offset(c), t, loc);
 }
 
@@ -103,7 +103,7 @@ void check_read(uint32_t address, uint32_t bytes, uint32_t t, bool collective, L
     if (machine.opt.init && !(c->flags & kWritten))
       fail(Err::SharedUninit, loc, "read of shared byte %u, which nobody wrote", r.offset(c));
     if (!machine.opt.race) continue;
-    check_after_write(*c, r.offset(c), t, "read", loc);
+    check_after_write(*c, r.offset(c), t, "read of", loc);
     record_read(*c, t, collective);
   }
 }
