@@ -1,6 +1,7 @@
 # make demo    the main job on real text: swap the module into two models, train, compare (about 2 minutes)
 # make test    the tests (under 15 minutes on 2 cores)
 # make full    the tests marked `slow` too
+# make docs    the documents as a site in build/site, warnings as errors
 # make lint    formatting, lint, types: what the pre-commit hooks run
 # make clean   removes the environment and what builds leave behind
 #
@@ -20,10 +21,11 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) attn/toolchain.py
 
-.PHONY: demo test full slow lint env clean
+.PHONY: demo test full slow lint docs env clean
 
 demo: $(BUILT)
 	@$(BIN)/python -m attn demo
@@ -39,6 +41,9 @@ slow: $(BUILT)
 
 lint: $(DEV_INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+docs: $(DOCS_INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 env: $(BUILT)
 
@@ -58,8 +63,8 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(DEV_INSTALLED): $(BUILT)
-	@$(BIN)/python -m pip install -q -e ".[dev]"
+$(DEV_INSTALLED) $(DOCS_INSTALLED): $(VENV)/.%-installed: $(BUILT)
+	@$(BIN)/python -m pip install -q -e ".[$*]"
 	@touch $@
 
 clean:

@@ -65,6 +65,32 @@ class Mask:
             also=self.also + other.also + also,
         )
 
+    def show(self, L: int, S: int | None = None, b: int = 0, h: int = 0) -> str:
+        """A picture of what L queries (rows) see of S keys (columns, L by default) in batch entry b and head h.
+
+        >>> print(window(1, 0).show(4))
+        ■ · · ·
+        ■ ■ · ·
+        · ■ ■ ·
+        · · ■ ■
+        """
+        from attn.operands import checked  # which knows how a mask becomes operands, and knows this module
+
+        S = L if S is None else S
+        parts = (self.key_lengths, self.query_lengths, self.ids_q, self.prefix)
+        sizes = [t.shape[0] for t in parts if t is not None]
+        dense = (1, 1, 1, 1) if self.dense is None else (*(1,) * (4 - self.dense.dim()), *self.dense.shape)
+        device = next((t.device for t in (*parts, self.dense) if t is not None), None)
+        q, k = (torch.zeros(max([*sizes, dense[0]]), dense[1], n, 1, device=device) for n in (L, S))
+        x = checked(q, k, k, self)
+        seen = torch.ones(q.shape[0], q.shape[1], L, S, dtype=torch.bool, device=device)
+        visible = visibility(x, L, S)
+        if visible is not None:
+            seen = seen & visible
+        if x.bias is not None:
+            seen = seen & (x.bias != -torch.inf)
+        return "\n".join(" ".join("■" if here else "·" for here in row) for row in seen[b, h].tolist())
+
     def __repr__(self) -> str:
         words = [f"band({self.band.left}, {self.band.right}, {self.band.anchor!r})"] if self.band else []
         for name in ("prefix", "key_lengths", "query_lengths", "ids_q", "ids_k", "dense"):

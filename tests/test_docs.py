@@ -43,6 +43,23 @@ def test_snippets_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(namespace["model"], nn.TransformerEncoder)
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: page.name)
+def test_snippets_of_the_documents_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, in one namespace; a text block right after a snippet is what it prints."""
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.DOTALL)
+    for snippet, printed in blocks:
+        capsys.readouterr()
+        exec(compile(snippet, page.name, "exec"), namespace)
+        said = capsys.readouterr().out
+        assert not printed or said == printed
+
+
+def test_every_document_is_in_the_site() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r"(\S+\.md)", site)) == {path.name for path in ROOT.glob("docs/*.md")}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())

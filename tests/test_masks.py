@@ -278,3 +278,26 @@ def test_a_prefix_beyond_32_bits_is_seen_by_everyone() -> None:
     everyone = attn.attention(q, q, q)
     for n in (2**40, torch.tensor([2**40])):
         assert_close(attn.attention(q, q, q, mask=masks.prefix_lm(n)), everyone)
+
+
+@pytest.mark.parametrize(
+    ("mask", "b", "h", "drawn"),
+    [
+        (masks.window(None, None), 0, 0, "■ ■ ■/■ ■ ■"),
+        (masks.causal(), 0, 0, "■ · ·/■ ■ ·"),
+        (masks.causal("end"), 0, 0, "■ ■ ·/■ ■ ■"),
+        (masks.padding(torch.tensor([1, 2])), 1, 0, "■ ■ ·/■ ■ ·"),
+        (masks.padding(torch.tensor([3]), torch.tensor([1])), 0, 0, "■ ■ ■/· · ·"),
+        (masks.documents((torch.tensor([[0, 1]]), torch.tensor([[1, 0, 1]]))), 0, 0, "· ■ ·/■ · ■"),
+        (masks.prefix_lm(torch.tensor([0, 2])), 1, 0, "■ ■ ·/■ ■ ·"),
+        (masks.dense(torch.tensor([[0.0, -torch.inf, -1.0]])), 0, 0, "■ · ■/■ · ■"),
+        (masks.dense(torch.eye(3)[:, None, None, :].bool()), 2, 0, "· · ■/· · ■"),
+        (masks.dense(torch.eye(3)[:, None, :].bool()), 0, 1, "· ■ ·/· ■ ·"),
+    ],
+)
+def test_show(mask: masks.Mask, b: int, h: int, drawn: str) -> None:
+    assert mask.show(2, 3, b, h) == drawn.replace("/", "\n")
+
+
+def test_show_takes_as_many_keys_as_queries() -> None:
+    assert masks.causal().show(2) == "■ ·\n■ ■"
