@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn import reference
+from attn import flops, reference
 from attn.backends import load
 from attn.backends.base import record
 from attn.spec import DecodeOperands, Operands
@@ -347,3 +347,6 @@ def twice_differentiable(out: Tensor, x: Operands, plain: bool) -> Tensor:
         return out
     result: Tensor = _fast_second_order(out, x, *x[: _BIAS if plain else N_TENSORS])
     return result
+
+
+flops.tell_counter()
