@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attn import masks, testing
+    from attn import masks, testing, transformer
     from attn.capture import capture_weights
     from attn.functional import attention, explain, scaled_dot_product_attention
     from attn.module import MultiheadAttention
@@ -36,7 +36,7 @@ _HOME = {  # no module is named like a function: importing it would hide the fun
     "available_backends": "planner",
     "use_backend": "planner",
 }
-_MODULES = ("masks", "testing")
+_MODULES = ("masks", "testing", "transformer")
 
 __all__ = [
     "MultiheadAttention",
@@ -52,6 +52,7 @@ __all__ = [
     "restore",
     "scaled_dot_product_attention",
     "testing",
+    "transformer",
     "use_backend",
     "varlen_attention",
 ]

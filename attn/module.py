@@ -285,8 +285,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         projection = self.out_proj
         return F.linear(out.flatten(2), projection.weight, projection.bias), weights
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor, length_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, L, D), keys and values (B, Hkv, S, D): views of the projections, turned by `rotary`."""
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, length_first: bool, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, L, D), keys and values (B, Hkv, S, D): views of the projections, turned by `rotary`.
+
+        `positions` is where they stand in their sequence; None means from 0 on.
+        """
         H, Hkv = self.num_heads, self.num_kv_heads or self.num_heads
         D = self.embed_dim // H
         if not self._qkv_same_embed_dim:
@@ -305,7 +310,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = self.in_proj_weight.split_with_sizes([H * D, Hkv * D, Hkv * D])
             q, k, v = self._separately((query, key, value), weights, (H, Hkv, Hkv), D, length_first)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
 
     def _separately(
