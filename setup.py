@@ -112,7 +112,9 @@ class Build(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         header = Path("csrc/torch_stable.h")
-        for command in toolchain.link_commands(compiler, [target for _, target, _ in work], library, header):
+        for command in toolchain.link_commands(
+            compiler, [target for _, target, _ in work], library, {"torch_cpu": header}
+        ):
             run(command)
 
 

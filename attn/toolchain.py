@@ -81,7 +81,7 @@ def find_compiler() -> Compiler | None:
 
 
 def _unix_compiler(command: tuple[str, ...]) -> Compiler | None:
-    macros = _says([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    macros = says([*command, "-dM", "-E", "-x", "c++", os.devnull])
 
     def number(name: str) -> int:
         match = re.search(rf"^#define {name} (\d+)", macros, re.MULTILINE)
@@ -96,14 +96,14 @@ def _unix_compiler(command: tuple[str, ...]) -> Compiler | None:
 
 
 def _msvc() -> Compiler | None:
-    match = re.search(r"Version (\d+)\.(\d+)\S* for (\w+)", _says(["cl"]))
+    match = re.search(r"Version (\d+)\.(\d+)\S* for (\w+)", says(["cl"]))
     if match is None:
         return None
     machine = {"x64": "x86_64", "ARM64": "aarch64"}.get(match[3], match[3])
     return Compiler("msvc", (int(match[1]), int(match[2])), ("cl",), machine)
 
 
-def _says(command: list[str]) -> str:
+def says(command: list[str]) -> str:
     """What a command prints, "" where it does not run."""
     if shutil.which(command[0]) is None:
         return ""
@@ -168,31 +168,39 @@ def flags_of(source: Path, compiler: Compiler, sets: list[str]) -> tuple[str, ..
     return (*macros, *SETS[ending][2 if compiler.kind == "msvc" else 1])
 
 
+def launcher() -> list[str]:
+    """What a user puts before every compiler, such as ccache."""
+    return shlex.split(os.environ.get("ATTN_COMPILER_LAUNCHER", ""))
+
+
 def compile_command(compiler: Compiler, source: Path, target: Path, flags: tuple[str, ...]) -> list[str]:
     """The command that makes an object, and beside it `target.d` (MSVC: `target.json`) with the files it read."""
-    launcher = shlex.split(os.environ.get("ATTN_COMPILER_LAUNCHER", ""))
     users = shlex.split(os.environ.get("CXXFLAGS", ""))
     if compiler.kind == "msvc":
         own = ["/nologo", "/std:c++17", "/O2", "/EHsc", "/MD", "/utf-8", f"/sourceDependencies{target}.json"]
-        return [*launcher, *compiler.command, *own, *flags, *users, "/c", str(source), f"/Fo{target}"]
+        return [*launcher(), *compiler.command, *own, *flags, *users, "/c", str(source), f"/Fo{target}"]
     own = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno"]
     depends = ["-MD", "-MF", f"{target}.d"]
-    return [*launcher, *compiler.command, *own, *flags, *users, *depends, "-c", str(source), "-o", str(target)]
+    return [*launcher(), *compiler.command, *own, *flags, *users, *depends, "-c", str(source), "-o", str(target)]
 
 
-def link_commands(compiler: Compiler, objects: list[Path], target: Path, header: Path) -> list[list[str]]:
-    """The commands that make the library. It must name libtorch as what it needs, for torch loads its own libraries
-    where a plugin does not see them, and it must do so without a torch: `header` tells the functions that are used."""
+def link_commands(
+    compiler: Compiler, objects: list[Path], target: Path, headers: dict[str, Path], libraries: tuple[str, ...] = ()
+) -> list[list[str]]:
+    """The commands that make a library. It must name libtorch as what it needs, for torch loads its own libraries
+    where a plugin does not see them, and it must do so without a torch: `headers` tells, for each library of torch,
+    the functions that are used. `libraries` are linked in."""
     users = shlex.split(os.environ.get("LDFLAGS", ""))
-    names, scratch = [str(o) for o in objects], objects[0].parent
+    names, scratch = [*map(str, objects), *libraries], objects[0].parent
     if compiler.kind == "msvc":
-        functions, imports = scratch / "torch_cpu.def", scratch / "torch_cpu.lib"
-        functions.write_text("\n".join(["LIBRARY torch_cpu.dll", "EXPORTS", *torch_functions(header)]) + "\n")
         machine = {"x86_64": "x64", "aarch64": "arm64"}[compiler.machine]
-        return [
-            ["lib", "/nologo", f"/def:{functions}", f"/machine:{machine}", f"/out:{imports}"],
-            [*compiler.command, "/nologo", "/LD", *names, str(imports), f"/Fe{target}", *users],
-        ]
+        commands, imports = [], []
+        for library, header in headers.items():
+            functions = scratch / f"{library}.def"
+            functions.write_text("\n".join([f"LIBRARY {library}.dll", "EXPORTS", *torch_functions(header)]) + "\n")
+            imports.append(str(scratch / f"{library}.lib"))
+            commands.append(["lib", "/nologo", f"/def:{functions}", f"/machine:{machine}", f"/out:{imports[-1]}"])
+        return [*commands, [*compiler.command, "/nologo", "/LD", *names, *imports, f"/Fe{target}", *users]]
     if MACOS:
         dynamic = ["-dynamiclib", "-undefined", "dynamic_lookup", "-Wl,-install_name,@rpath/" + target.name]
         return [[*compiler.command, *dynamic, *names, "-o", str(target), *users]]
@@ -229,3 +237,14 @@ def jobs() -> int:
     """How many compilers run at once: MAX_JOBS, else one per core."""
     wish = os.environ.get("MAX_JOBS", "")
     return max(1, int(wish)) if wish.isdecimal() else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that programs can have; None where the system does not say."""
+    if WINDOWS:
+        return None
+    try:
+        match = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None

@@ -120,7 +120,7 @@ def test_old_compilers_are_unfit(
 
 def test_banner_of_msvc(monkeypatch: pytest.MonkeyPatch) -> None:
     banner = "Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35207.1 for x64\n"
-    monkeypatch.setattr(toolchain, "_says", lambda command: banner)
+    monkeypatch.setattr(toolchain, "says", lambda command: banner)
     found = toolchain._msvc()
     assert found == toolchain.Compiler("msvc", (19, 44), ("cl",), "x86_64")
 
