@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attn.module import MultiheadAttention
     from attn.packed import decode_attention, varlen_attention
     from attn.planner import available_backends, use_backend
+    from attn.plotting import plot_weights
     from attn.replacement import ReplaceWarning, replace, restore
     from attn.rotary import Rotary
 
@@ -28,6 +29,7 @@ _HOME = {  # no module is named like a function: importing it would hide the fun
     "restore": "replacement",
     "ReplaceWarning": "replacement",
     "capture_weights": "capture",
+    "plot_weights": "plotting",
     "attention": "functional",
     "scaled_dot_product_attention": "functional",
     "explain": "functional",
@@ -48,6 +50,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "masks",
+    "plot_weights",
     "replace",
     "restore",
     "scaled_dot_product_attention",
