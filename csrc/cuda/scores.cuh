@@ -56,20 +56,27 @@ ATTN_DEV float with_dense(float x, uint32_t staged) {
   return staged == kHidden ? -INFINITY : x + bit_cast<float>(staged);
 }
 
-// -infinity where lengths of keys and band hide: an accumulator whose element [0][0] is that of (q0, k0).
-template <int kM, int kN>
-ATTN_DEV void hide_band(const Mask& mask, int q0, int k0, float (&s)[kM][kN][4]) {
+// -infinity where lengths of keys and band hide, in an accumulator whose columns are keys from k0 on.
+// position(m, half): the query of row row_of(m, 2 * half).
+template <int kM, int kN, class Position>
+ATTN_DEV void hide_band(const Mask& mask, const Position& position, int k0, float (&s)[kM][kN][4]) {
   ATTN_UNROLL
   for (int m = 0; m < kM; ++m) ATTN_UNROLL
-  for (int e = 0; e < 4; e += 2) {
+  for (int half = 0; half < 2; ++half) {
     // As places in the accumulator: one subtraction per row instead of one per score.
-    const int i = q0 + row_of(m, e), at = k0 + col_of(0, 0);
+    const int i = position(m, half), at = k0 + col_of(0, 0);
     const int low = i + mask.low - at, high = least(i + mask.high, mask.keys - 1) - at;
     ATTN_UNROLL
     for (int n = 0; n < kN; ++n) ATTN_UNROLL
     for (int x = 0; x < 2; ++x)
-      if (n * 8 + x < low || n * 8 + x > high) s[m][n][e + x] = -INFINITY;
+      if (n * 8 + x < low || n * 8 + x > high) s[m][n][2 * half + x] = -INFINITY;
   }
+}
+
+// Likewise where the queries are those from q0 on.
+template <int kM, int kN>
+ATTN_DEV void hide_band(const Mask& mask, int q0, int k0, float (&s)[kM][kN][4]) {
+  hide_band(mask, [&](int m, int half) { return q0 + row_of(m, 2 * half); }, k0, s);
 }
 
 // Likewise by prefix and documents too. kTransposed: the rows of the accumulator are keys.
