@@ -23,7 +23,8 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 BUILT := $(VENV)/.built
-SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) attn/toolchain.py
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu csrc/*/*/*.cu)
+SOURCES += attn/toolchain.py attn/cuda_toolchain.py
 
 .PHONY: demo test full slow lint docs env clean
 
@@ -54,12 +55,12 @@ $(INSTALLED): pyproject.toml setup.py
 	@echo "== 2/4 $(TORCH_SPEC) (several minutes where it has to be downloaded)"
 	@$(BIN)/python -m pip install $(TORCH_SPEC)
 	@echo "== 3/4 this package, with what its tests and its demo need"
-	@ATTN_CPP=0 $(BIN)/python -m pip install -q -e ".[test,bench]"
+	@ATTN_CPP=0 ATTN_CUDA=0 $(BIN)/python -m pip install -q -e ".[test,bench]"
 	@touch $@
 
 # By itself, and not within pip, which would show nothing of it for its minutes.
 $(BUILT): $(INSTALLED) $(SOURCES)
-	@echo "== 4/4 the C++ kernels (ATTN_CPP=0 leaves them out)"
+	@echo "== 4/4 the compiled kernels (ATTN_CPP=0 leaves them out, ATTN_CUDA=0 those for CUDA)"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

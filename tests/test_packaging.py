@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import ROOT, build, built, copy_of_sources, keep_objects
 
 import attn
 from attn import toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"attn": "attn", "triton_kernels": "attn/triton_kernels", "benchmarks": "attn/benchmarks"}
 
 COMPILES = toolchain.find_compiler() is not None
@@ -29,37 +29,10 @@ LIBRARY = "attn/_native_cpu.dll" if os.name == "nt" else "attn/_native_cpu.so"
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the source tree is not here")
 
 
-def built(what: str, source: Path, target: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A run of the project's own build backend."""
-    target.mkdir(parents=True, exist_ok=True)
-    code = f"import sys, setuptools.build_meta as b; b.build_{what}(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(target)]
-    return subprocess.run(
-        command, cwd=source, capture_output=True, text=True, env=os.environ | {"ATTN_CPP": "auto"} | env
-    )
-
-
-def build(what: str, source: Path, target: Path, **env: str) -> Path:
-    """A wheel or an sdist."""
-    done = built(what, source, target, **env)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    (made,) = target.iterdir()
-    return made
-
-
-def keep_objects(target: Path) -> None:
-    """What was compiled here need not be compiled again in a copy."""
-    if (ROOT / "build" / "objects").is_dir():
-        shutil.copytree(ROOT / "build" / "objects", target / "build" / "objects")
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree in which an earlier build has left files behind."""
-    copy = tmp_path_factory.mktemp("source") / "tree"
-    left_out = shutil.ignore_patterns(".*cache*", ".venv", ".git", ".benchmarks", "__pycache__", "build", "dist", "out")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    keep_objects(copy)
+    copy = copy_of_sources(tmp_path_factory.mktemp("source") / "tree")
     stale = copy / "build" / "lib" / "attn"
     stale.mkdir(parents=True)
     (stale / "stale.py").write_text("")
@@ -146,7 +119,7 @@ def test_metadata(wheel: Path) -> None:
     assert 'sys_platform == "linux"' in triton
     (torch,) = (line for line in requires if line.startswith("torch"))
     assert torch == "torch>=2.10"
-    assert set(said.get_all("Provides-Extra") or []) == {"test", "bench", "dev"}
+    assert set(said.get_all("Provides-Extra") or []) == {"test", "bench", "dev", "docs"}
 
 
 def test_changelog_has_this_version() -> None:
@@ -160,7 +133,10 @@ def test_sdist_is_complete(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     for needed in (
         "csrc/README.md",
         "csrc/torch_stable.h",
+        "csrc/build_backend.py",
         "csrc/cpu/bind_cpu.cpp",
+        "csrc/cuda/bind_cuda.cpp",
+        "csrc/cuda/launch.h",
         "Makefile",
         ".ci/run",
         "tests/test_packaging.py",
