@@ -123,7 +123,7 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path()))  # its ops are registered as it is loaded
     library.attn_cpu_select.argtypes, library.attn_cpu_select.restype = [ctypes.c_char_p], ctypes.c_char_p
     library.attn_cpu_poison.argtypes, library.attn_cpu_poison.restype = [ctypes.c_int], None
-    library.attn_cpu_multiply_adds.argtypes = [ctypes.c_int64]
+    library.attn_cpu_multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_bool]
     library.attn_cpu_multiply_adds.restype = ctypes.c_double
     return library
 
@@ -158,14 +158,17 @@ def poison(on: bool) -> None:
         _open().attn_cpu_poison(int(on))
 
 
-def peak_gflops(threads: int | None = None) -> float:
-    """GFLOP/s of float32 multiply-adds in registers on so many threads (torch's number), the best of a few tries."""
+def peak_gflops(threads: int | None = None, pairs: bool = False) -> float:
+    """GFLOP/s of float32 multiply-adds in registers on so many threads (torch's number), the best of a few tries.
+
+    `pairs`: of bfloat16 dot products instead; 0 where the instruction set has none.
+    """
     if load() is not None:
         return 0.0
     run, threads, rounds, best = _open().attn_cpu_multiply_adds, threads or torch.get_num_threads(), 1_000_000, 0.0
     with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter's lock
         for _ in range(5):
             start = time.perf_counter()
-            done = sum(pool.map(run, [rounds] * threads))
+            done = sum(pool.map(run, [rounds] * threads, [pairs] * threads))
             best = max(best, done / (time.perf_counter() - start) / 1e9)
     return best

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import native_copy
 import pytest
 
-from attn import native, toolchain
+from attn import native
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = toolchain.find_compiler()
 FLAGS = (
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all "
     "-fno-sanitize=null,alignment,object-size,pointer-overflow,vptr"  # minutes more, and the first sanitizer sees most
@@ -43,41 +41,25 @@ for isa in native.usable():
 print(len(drawn), "cases on", *native.usable())
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not sys.platform.startswith("linux")
-        or COMPILER is None
-        or COMPILER.kind != "gcc"
-        or not (ROOT / "setup.py").is_file(),
-        reason="needs Linux, gcc and the source tree",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(native_copy.CANNOT), reason=native_copy.CANNOT)]
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, built with the sanitizers and with two planted faults that prove them at work."""
-    copy = tmp_path_factory.mktemp("sanitized") / "tree"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out", "*.so")
-    shutil.copytree(ROOT, copy, ignore=left_out)
+    copy = native_copy.copy_sources(tmp_path_factory.mktemp("sanitized") / "tree")
     (copy / "csrc" / "cpu" / "planted.cpp").write_text(PLANTED)
-    setup, every = copy / "setup.py", "toolchain.available_sets(compiler)"
-    assert every in setup.read_text()  # only the sets that can run here: each takes a minute
-    setup.write_text(setup.read_text().replace(every, f"[s for s in {every} if s in {native.usable()}]"))
-    env = os.environ | {"CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined", "ATTN_CPP": "1"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    sets = [name for name in native.usable() if name != "portable"]
+    native_copy.build(copy, sets, CXXFLAGS=FLAGS, LDFLAGS="-fsanitize=address,undefined")
     return copy
 
 
 def run(code: str, tree: Path) -> subprocess.CompletedProcess[str]:
-    assert COMPILER is not None
+    assert native_copy.COMPILER is not None
     libraries = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):  # Python itself was built without them
-        found = subprocess.run([*COMPILER.command, f"-print-file-name={name}"], capture_output=True, text=True).stdout
-        libraries.append(found.strip())
+        command = [*native_copy.COMPILER.command, f"-print-file-name={name}"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     env = os.environ | {
         "PYTHONPATH": str(tree),
         "LD_PRELOAD": ":".join(libraries),

@@ -90,9 +90,11 @@ struct BackwardPass {
     if (bias_here) write_bias_tile(t);
     if (p.softcap > 0) times_cap(t.seen, of.nq, t.nk, w.d_cap, w.ds);
     if (t.dropout.on) drop(w.kept, t.dropout.inverse, of.nq, t.nk, w.p);
-    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, w.p, of.g, p.Dv, to.dv + t.k0 * wide_v);
-    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, w.ds, of.q, p.D, to.dk + t.k0 * wide_k);
-    add_to_queries(t.mask, of.q0, of.nq, t.k0, t.nk, w.ds, t.k, p.D, of.dq, of.untouched);
+    const auto rows = [&](const Real* tile) { return rows_of(tile, of.nq, t.nk, w.cells_of_tile); };
+    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, rows(w.p), of.g, p.Dv, to.dv + t.k0 * wide_v);
+    add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, rows(w.ds), of.q, p.D, to.dk + t.k0 * wide_k);
+    add_to_queries(t.mask, of.q0, of.nq, t.k0, t.nk, columns_of(w.ds, of.nq, t.nk, w.cells_of_tile),
+                   t.right_k, p.D, of.dq, of.untouched);
     of.untouched = false;
   }
 
@@ -239,8 +241,10 @@ void backward_of(const Problem& p, const Backward& b) {
 }  // namespace
 
 void backward(const Problem& p, const Backward& b) {
-#ifdef ATTN_DOUBLE
+#if defined(ATTN_DOUBLE)
   backward_of<double>(p, b);
+#elif defined(ATTN_PAIRS)
+  backward_of<Bf16>(p, b);  // the others are served elsewhere: table.h
 #else
   switch (p.dtype) {
     case Dtype::f32:

@@ -1,4 +1,4 @@
-// Products of a tile [key][query] with rows, over no more pairs than the band lets see: a causal tile costs
+// Products of a tile [key][query] with rows, over no more cells than the band lets see: a causal tile costs
 // half. What is hidden inside these limits must be 0 in the tile.
 #pragma once
 #include "masks.h"
@@ -7,31 +7,43 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-// to[query] += tile[key][query] rows[key] (or =, where init). `to` has rows of round_up(width, kWidth).
+struct CellRange {
+  int64_t begin, size;
+};
+// The cells that hold the part of r inside [0, n).
+ATTN_INLINE CellRange cells_of(Range r, int64_t n) {
+  const int64_t begin = clamp(r.begin, 0, n), end = clamp(r.end, begin, n);
+  return {begin / kPerCell, begin == end ? 0 : cells(end) - begin / kPerCell};
+}
+
+// to[query] += tile[key][query] rows[key] (or =, where init), of columns_of a tile and a right operand. `to`
+// has rows of round_up(width, kWidth).
 ATTN_INLINE void add_to_queries(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
-                                const Real* tile, Operand rows, int64_t width, Real* to, bool init) {
+                                const Cell* tile, Operand rows, int64_t width, Real* to, bool init) {
   const int64_t stride = round_up(width, kWidth);
   for (int64_t i = 0; i < nq; i += kRows) {
     const int64_t n = least<int64_t>(kRows, nq - i);
     const Range r = mask.keys(q0 + i, n);
-    const int64_t begin = clamp(r.begin - k0, 0, nk), end = clamp(r.end - k0, begin, nk);
-    if (begin == end && !init) continue;
-    multiply_rows<kAlongColumns>(n, width, end - begin, tile + begin * kQueries + i, kQueries,
-                                 rows.data + begin * rows.stride, rows.stride, to + i * stride, stride, init);
+    const CellRange along = cells_of({r.begin - k0, r.end - k0}, nk);
+    if (along.size == 0 && !init) continue;
+    multiply_rows<kAlongColumns>(n, width, along.size, tile + along.begin * kQueries + i, kQueries,
+                                 rows.data + along.begin * rows.stride, rows.stride, to + i * stride, stride,
+                                 init);
   }
 }
 
-// to[key] += tile[key][query] rows[query].
+// to[key] += tile[key][query] rows[query], of rows_of a tile and a right operand.
 ATTN_INLINE void add_to_keys(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
-                             const Real* tile, Operand rows, int64_t width, Real* to) {
-  const int64_t stride = round_up(width, kWidth);
+                             const Cell* tile, Operand rows, int64_t width, Real* to) {
+  const int64_t stride = round_up(width, kWidth), tile_stride = kQueries / kPerCell;
   for (int64_t j = 0; j < nk; j += kRows) {
     const int64_t n = least<int64_t>(kRows, nk - j);
     const Range r = mask.queries(k0 + j, n, q0 + nq);
-    const int64_t begin = clamp(r.begin - q0, 0, nq), end = clamp(r.end - q0, begin, nq);
-    if (begin == end) continue;
-    multiply_rows<kAlongRows>(n, width, end - begin, tile + j * kQueries + begin, kQueries,
-                              rows.data + begin * rows.stride, rows.stride, to + j * stride, stride, false);
+    const CellRange along = cells_of({r.begin - q0, r.end - q0}, nq);
+    if (along.size == 0) continue;
+    multiply_rows<kAlongRows>(n, width, along.size, tile + j * tile_stride + along.begin, tile_stride,
+                              rows.data + along.begin * rows.stride, rows.stride, to + j * stride, stride,
+                              false);
   }
 }
 

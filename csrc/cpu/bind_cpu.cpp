@@ -122,8 +122,10 @@ ATTN_EXPORT const char* attn_cpu_select(const char* isa) {
 ATTN_EXPORT void attn_cpu_poison(int on) { attn::cpu::Ops::poison(on != 0); }
 
 // Floating-point operations done in `rounds` of nothing but multiply-adds, for the peak that benchmarks
-// measure.
-ATTN_EXPORT double attn_cpu_multiply_adds(int64_t rounds) {
+// measure; of `pairs` of bf16 0.0 where the set has no such.
+ATTN_EXPORT double attn_cpu_multiply_adds(int64_t rounds, bool pairs) {
   const attn::cpu::Kernels* set = attn::cpu::selected.load(std::memory_order_relaxed);
-  return set == nullptr ? 0.0 : set->multiply_adds(rounds);
+  if (set == nullptr) return 0.0;
+  const auto run = pairs ? set->pair_products : set->multiply_adds;
+  return run == nullptr ? 0.0 : run(rounds);
 }

@@ -13,19 +13,21 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 struct ForwardSpace {
-  Real *packed, *s, *out, *k, *v, *bias;
+  Cell *packed, *k, *v, *p;  // p: probabilities as cells
+  Real *s, *out, *bias;
   Rows64* rows;
   uint64_t *seen, *kept;
   WeightSpace weights;
 
   ForwardSpace(Carver& c, const Problem* p, bool keeps_weights, bool average) {
-    const int64_t wide_k = round_up(p->D, kWidth), wide_v = round_up(p->Dv, kWidth);
+    const int64_t wide_v = round_up(p->Dv, kWidth);
     rows = c.take<Rows64>(1);
-    packed = c.take<Real>(wide_k * kQueries);
+    packed = c.take<Cell>(packed_size(p->D));
     out = c.take<Real>(wide_v * kQueries);
     const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
-    k = c.take<Real>(narrow ? wide_k * kMaxKeys : 0);
-    v = c.take<Real>(wide_v * kMaxKeys);
+    k = c.take<Cell>(narrow ? round_up(cells(p->D), kWidth) * kMaxKeys : 0);
+    v = c.take<Cell>(cells(kMaxKeys) * wide_v);
+    this->p = c.take<Cell>(kPerCell > 1 ? cells(kMaxKeys) * kQueries : 0);
     bias = c.take<Real>(p->bias.data ? kMaxKeys * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
@@ -58,8 +60,8 @@ struct Forward {
       if (visible == kEmpty) continue;
       if (first) {
         Ahead(rows_at<T>(p.out, s.batch, head, s.q_first + q0), p.out.row, p.Dv).fetch(0, nq);
-        pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D,
-                     static_cast<Real>(p.scale), w.packed);
+        pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D, query_scale(p),
+                     w.packed);
       }
       const uint64_t* seen = visible == kPartial ? w.seen : nullptr;
       Real* scores = weights ? w.s + k0 * kQueries : w.s;
@@ -75,8 +77,8 @@ struct Forward {
         drop(seen, dropout.inverse, nq, nk, scores);
       }
       if (weights) w.weights.remember(k0, nk, seen, w.rows->m);
-      add_to_queries(mask, q0, nq, k0, nk, scores, near_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v),
-                     p.Dv, w.out, first);
+      add_to_queries(mask, q0, nq, k0, nk, columns_of(scores, nq, nk, w.p),
+                     right_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v), p.Dv, w.out, first);
       first = false;
     }
   }

@@ -17,20 +17,25 @@ constexpr int64_t kMostTiles = 4;
 
 // A tile of queries: what is known of it before any key.
 struct GradientQueries {
-  Real *packed_q, *packed_g, *q_space, *g_space, *dq;
-  Real *m, *inverse, *delta;
-  Operand q, g;
+  Cell *packed_q, *packed_g, *q_space, *g_space;
+  void *live_q, *live_g;  // rows with zeros where they are dead
+  Real *dq, *m, *inverse, *delta;
+  Operand q, g;           // right operands
   int64_t q0, nq, first;  // `first`: of them in m, l and d_lse
   uint64_t live;          // those that are not dead
   Range keys;             // outside which none of them sees any
   bool untouched;         // nothing has been added to dq
   bool one_tile;          // delta is found with the scores
 
-  ATTN_INLINE void take(Carver& c, int64_t wide_k, int64_t wide_v) {
-    packed_q = c.take<Real>(wide_k * kQueries);
-    packed_g = c.take<Real>(wide_v * kQueries);
-    q_space = c.take<Real>(wide_k * kQueries);
-    g_space = c.take<Real>(wide_v * kQueries);
+  template <class T>
+  ATTN_INLINE void take(Carver& c, int64_t D, int64_t Dv, const T*) {
+    const int64_t wide_k = round_up(D, kWidth), wide_v = round_up(Dv, kWidth);
+    packed_q = c.take<Cell>(packed_size(D));
+    packed_g = c.take<Cell>(packed_size(Dv));
+    q_space = c.take<Cell>(cells(kQueries) * wide_k);
+    g_space = c.take<Cell>(cells(kQueries) * wide_v);
+    live_q = c.take<T>(D * kQueries);
+    live_g = c.take<T>(Dv * kQueries);
     dq = c.take<Real>(wide_k * kQueries);
     m = c.take<Real>(kQueries);
     inverse = c.take<Real>(kQueries);
@@ -40,25 +45,31 @@ struct GradientQueries {
 
 struct GradientSpace {
   GradientQueries queries[kMostTiles];
-  Real *k, *v;      // of all keys, where rows cannot be read in place: copied as they are met
-  uint8_t* copied;  // per tile of keys
+  Cell *k, *v;            // of all keys, where rows cannot be read in place: copied as they are met
+  Cell *left_k, *left_v;  // of a tile, where these are no left operands
+  uint8_t* copied;        // per tile of keys
   int64_t key_tiles;
   Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
+  Cell* cells_of_tile;           // p or ds
   uint64_t *seen, *kept;
 
   template <class T>
-  GradientSpace(Carver& c, const Problem& problem, const Backward& b, int64_t tiles, int64_t keys, const T*) {
+  GradientSpace(Carver& c, const Problem& problem, const Backward& b, int64_t tiles, int64_t keys,
+                const T* type) {
     const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
     const int64_t tile = kGradientKeys * kQueries;
-    for (int64_t i = 0; i < tiles; ++i) queries[i].take(c, wide_k, wide_v);
-    k = c.take<Real>(is_near<T>(problem.k.row, problem.D) ? 0 : wide_k * keys);
-    v = c.take<Real>(is_near<T>(problem.v.row, problem.Dv) ? 0 : wide_v * keys);
+    for (int64_t i = 0; i < tiles; ++i) queries[i].take(c, problem.D, problem.Dv, type);
+    k = c.take<Cell>(is_near<T>(problem.k.row, problem.D) ? 0 : wide_k * cells(keys));
+    v = c.take<Cell>(is_near<T>(problem.v.row, problem.Dv) || !kOneForm ? 0 : wide_v * cells(keys));
+    left_k = c.take<Cell>(kOneForm ? 0 : kGradientKeys * round_up(cells(problem.D), kWidth));
+    left_v = c.take<Cell>(kOneForm ? 0 : kGradientKeys * round_up(cells(problem.Dv), kWidth));
     key_tiles = keys / 64 + 1;
     copied = c.take<uint8_t>(key_tiles);
     p = c.take<Real>(tile);
     ds = c.take<Real>(tile);
     d_cap = c.take<Real>(problem.softcap > 0 ? tile : 0);
     added = c.take<Real>(problem.bias.data || b.d_weights.data ? tile : 0);
+    cells_of_tile = c.take<Cell>(kOneForm ? 0 : cells(tile));
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
   }
@@ -159,7 +170,8 @@ struct GradientTile {
   GradientQueries* of = nullptr;
   int64_t k0 = 0, nk = 0;
   const uint64_t* seen = nullptr;  // null: all
-  Operand k{}, v{};
+  Operand k{}, v{};                // left operands
+  Operand right_k{};
 
   GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t which,
                GradientSpace& space)
@@ -193,11 +205,8 @@ struct GradientTile {
       of->inverse[i] = alive ? 1 / total : 0;
       of->delta[i] = 0;
     }
-    of->q = live_rows(rows_at<const T>(p.q, s.batch, head, s.q_first + q0), p.q.row, p.D, of->q_space);
-    of->g =
-        live_rows(rows_at<const T>(b.d_out, s.batch, head, s.q_first + q0), b.d_out.row, p.Dv, of->g_space);
-    pack_columns(of->q.data, of->q.stride, nq, p.D, static_cast<Real>(p.scale), of->packed_q);
-    pack_columns(of->g.data, of->g.stride, nq, p.Dv, 1, of->packed_g);
+    of->q = read_rows(p.q, p.D, query_scale(p), of->live_q, of->packed_q, of->q_space);
+    of->g = read_rows(b.d_out, p.Dv, 1, of->live_g, of->packed_g, of->g_space);
   }
 
   // delta of these queries, or what of it does not wait for the scores.
@@ -209,12 +218,13 @@ struct GradientTile {
       return;
     }
     const T* out = rows_at<const T>(p.out, s.batch, head, s.q_first + of->q0);
+    const T* g = rows_at<const T>(b.d_out, s.batch, head, s.q_first + of->q0);
     for (int64_t i = 0; i < of->nq; ++i) {
       if (!(of->live >> i & 1)) continue;
-      const Real* g = of->g.data + i * of->g.stride;
       Vec total = zero();
       for (int64_t d = 0; d < p.Dv; d += kWidth)
-        total = fma(load_some(out + i * p.out.row + d, p.Dv - d), load(g + d), total);
+        total = fma(load_some(out + i * p.out.row + d, p.Dv - d),
+                    load_some(g + i * b.d_out.row + d, p.Dv - d), total);
       of->delta[i] = sum(total) - (b.d_lse ? static_cast<const Real*>(b.d_lse)[of->first + i] : 0);
     }
     if (!b.d_weights.data) return;
@@ -246,7 +256,7 @@ struct GradientTile {
   // Leaves P in w.p, before dropout, and in w.ds the gradient of the scores as they are before the mask.
   void gradient() {
     scores(p.softcap > 0 ? w.d_cap : nullptr);
-    score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, w.ds);
+    score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, 1, w.ds);
     if (b.d_weights.data) add_weights();
     if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.ds);
     if (!of->one_tile) return differentiate(seen, nk, *of, w.p, w.ds);
@@ -258,26 +268,45 @@ struct GradientTile {
  private:
   void read_keys() {
     uint8_t& copied = w.copied[k0 / step()];
-    k = key_rows(p.k, p.D, w.k, copied);
-    v = key_rows(p.v, p.Dv, w.v, copied);
+    right_k = key_rows(p.k, p.D, w.k, copied);
+    if constexpr (kOneForm) {
+      k = right_k;
+      v = key_rows(p.v, p.Dv, w.v, copied);
+    } else {
+      k = left_operand(key_at(p.k), p.k.row, nk, p.D, w.left_k);
+      v = left_operand(key_at(p.v), p.v.row, nk, p.Dv, w.left_v);
+    }
     copied = true;
   }
+  const T* key_at(const Rows& rows) const {
+    return rows_at<const T>(rows, s.batch, head / (p.Hq / p.Hkv), s.k_first + k0);
+  }
   // The whole tile from k0 on, whatever part of it these queries see.
-  Operand key_rows(const Rows& rows, int64_t width, Real* all, bool copied) const {
+  Operand key_rows(const Rows& rows, int64_t width, Cell* all, bool copied) const {
     const int64_t wide = round_up(width, kWidth);
-    if (copied && !is_near<T>(rows.row, width)) return {all + k0 * wide, wide};
-    const T* from = rows_at<const T>(rows, s.batch, head / (p.Hq / p.Hkv), s.k_first + k0);
-    return near_operand(from, rows.row, least(step(), s.keys - k0), width, all + k0 * wide);
+    Cell* space = all + k0 / kPerCell * wide;
+    if (copied && !is_near<T>(rows.row, width)) return {space, wide};
+    return right_operand(key_at(rows), rows.row, least(step(), s.keys - k0), width, space);
   }
 
-  // Rows of queries as they are, or copied with zeros where they are dead.
-  Operand live_rows(const T* from, int64_t stride, int64_t width, Real* space) const {
-    if (of->live == bits_between(0, of->nq)) return near_operand(from, stride, of->nq, width, space);
-    const int64_t wide = round_up(width, kWidth);
-    widen_rows(from, stride, of->nq, width, space, wide);
-    for (int64_t i = 0; i < of->nq; ++i)
-      if (!(of->live >> i & 1)) zero_row(wide, space + i * wide);
-    return {space, wide};
+  // These queries' rows, packed and as a right operand; zeros where they are dead.
+  Operand read_rows(const Rows& rows, int64_t width, Real factor, void* live, Cell* packed,
+                    Cell* space) const {
+    const T* from = rows_at<const T>(rows, s.batch, head, s.q_first + of->q0);
+    int64_t stride = rows.row;
+    if (of->live != bits_between(0, of->nq)) {
+      T* to = static_cast<T*>(live);
+      for (int64_t i = 0; i < of->nq; ++i) {
+        if (of->live >> i & 1)
+          memcpy(to + i * width, from + i * stride, static_cast<size_t>(width) * sizeof(T));
+        else
+          zero_row(width, to + i * width);
+      }
+      from = to;
+      stride = width;
+    }
+    pack_columns(from, stride, of->nq, width, factor, packed);
+    return right_operand(from, stride, of->nq, width, space);
   }
 
   void scores(Real* d_cap) {

@@ -11,7 +11,8 @@ struct Kernels {
   void (*weights)(const Problem&, const Weights&);  // from m, l
   void (*backward)(const Problem&, const Backward&);
   void (*decode)(const Decode&);
-  double (*multiply_adds)(int64_t rounds);  // see peak.h
+  double (*multiply_adds)(int64_t rounds);  // of float; see peak.h
+  double (*pair_products)(int64_t rounds);  // the same of pairs of bf16; null where the set has none
 };
 
 // The best that this CPU runs, or the one named (as ATTN_CPU_ISA names it); null where it cannot run or is

@@ -16,6 +16,8 @@
 //   max(a, b)      b where a or b is NaN: running maxima stand second, so that a NaN score is passed over
 //
 //   transpose      kWidth vectors; true_bytes: 64 bytes to 64 bits; at_least: words to bits
+//
+// One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells.
 #pragma once
 #include <limits>
 
@@ -38,6 +40,16 @@ ATTN_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 ATTN_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+#ifndef ATTN_PAIRS
+using Cell = Real;  // see operands.h
+using Cells = Vec;
+constexpr int kPerCell = 1;
+
+ATTN_INLINE Cells load_cells(const Cell* p) { return load(p); }
+ATTN_INLINE Cells broadcast(const Cell* p) { return set(*p); }
+ATTN_INLINE Vec multiply_add(Cells a, Cells b, Vec c) { return fma(a, b, c); }
+#endif
 
 #ifdef ATTN_DOUBLE
 ATTN_INLINE Vec exp_of(Vec x) { return exponential(x); }

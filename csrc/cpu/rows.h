@@ -1,4 +1,4 @@
-// Rows of q, k, v, d_out in and out: packed as columns, widened, rounded.
+// Rows of numbers in and out: scratch for them, widened, rounded, fetched ahead.
 #pragma once
 #include "lanes.h"
 
@@ -29,32 +29,6 @@ ATTN_INLINE Space carve(Sizes... sizes) {
 // Queries per tile; the stride of every score tile, which is [key][query].
 constexpr int kQueries = 64;
 
-template <class T>
-constexpr bool kInPlace = sizeof(T) == sizeof(Real);  // rows of T can be operands of a product as they are
-
-// `rows` (<= kQueries) rows of `width` numbers, times `factor`, to columns: to[d * kQueries + row]. Rows up
-// to the next multiple of kWidth are 0; the space for `width` must be rounded up to kWidth.
-template <class T>
-ATTN_INLINE void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t width, Real factor,
-                              Real* to) {
-  const Vec times = set(factor);
-  for (int64_t r = 0; r < rows; r += kWidth)
-    for (int64_t d = 0; d < width; d += kWidth) {
-      Vec t[kWidth];
-      const int64_t have = rows - r, wide = width - d;
-      if (wide >= kWidth && have >= kWidth) {
-        ATTN_UNROLL
-        for (int i = 0; i < kWidth; ++i) t[i] = mul(load(from + (r + i) * stride + d), times);
-      } else {
-        for (int i = 0; i < kWidth; ++i)
-          t[i] = i < have ? mul(load_some(from + (r + i) * stride + d, wide), times) : zero();
-      }
-      transpose(t);
-      ATTN_UNROLL
-      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kQueries + r, t[i]);
-    }
-}
-
 // `rows` rows of `width` numbers to Reals, `to_stride` apart, 0 from width up to the next multiple of kWidth.
 template <class T>
 ATTN_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Real* to,
@@ -77,43 +51,6 @@ ATTN_INLINE void write_row(const Real* from, Real factor, int64_t width, T* to) 
 template <class T>
 ATTN_INLINE void zero_row(int64_t width, T* to) {
   memset(to, 0, static_cast<size_t>(width) * sizeof(T));
-}
-
-// Rows as the right operand of a product: in place where they are Reals of whole vectors, else widened into
-// `space`, which has room for rows * round_up(width, kWidth) Reals.
-struct Operand {
-  const Real* data;
-  int64_t stride;
-};
-template <class T>
-ATTN_INLINE Operand right_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
-  if constexpr (kInPlace<T>)
-    if (width % kWidth == 0) return {from, stride};
-  widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
-  return {space, round_up(width, kWidth)};
-}
-template <class T>
-ATTN_INLINE bool is_near(int64_t stride, int64_t width) {
-  return kInPlace<T> && stride <= width && width % kWidth == 0;
-}
-// The same, copied where the rows lie far apart: those of a packed projection would meet in few sets of the
-// first cache.
-template <class T>
-ATTN_INLINE Operand near_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
-  if constexpr (kInPlace<T>)
-    if (is_near<T>(stride, width)) return {from, stride};
-  widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
-  return {space, round_up(width, kWidth)};
-}
-// As the left operand along rows, of which single numbers are read: in place for any width.
-template <class T>
-ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Real* space) {
-  if constexpr (kInPlace<T>) {
-    return {from, stride};
-  } else {
-    widen_rows(from, stride, rows, width, space, round_up(width, kWidth));
-    return {space, round_up(width, kWidth)};
-  }
 }
 
 // Rows that will be wanted soon, as bytes. Rows of one head of many are short pieces far apart, which no CPU

@@ -7,7 +7,7 @@
 //
 // 1. Sequence(p, n), Mask(p, sequence, head), Extras(p, sequence, head)
 //
-// 2. once per tile of queries: pack_columns(q rows, ..., scale, packed)
+// 2. once per tile of queries: pack_columns(q rows, ..., query_scale(p), packed)
 //
 // 3. for the tiles of mask.keys(q0, nq), from a multiple of mask.tile_keys() on: classify(mask, ..., seen),
 //    which says kEmpty (next tile), kPartial or kFull (then `seen` is null in what follows)
@@ -23,11 +23,12 @@ namespace {
 constexpr uint64_t kBlockBits =
     kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
 
-// The products of a tile: s[key][query] = k[key] . packed[query]. Blocks in which no pair is visible are left
-// as they are (`seen` null: all are visible). Meanwhile nk rows `ahead` are fetched.
-ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, int64_t nq, int64_t nk,
-                                const uint64_t* seen, Real* s, const Ahead& ahead = Ahead()) {
-  const Ahead keys(k.data, k.stride, width);
+// The products of a tile: s[key][query] = k[key] . packed[query], times `factor` where cells are pairs.
+// Blocks in which no pair is visible are left as they are (`seen` null: all are visible). Meanwhile nk rows
+// `ahead` are fetched.
+ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, int64_t nq, int64_t nk,
+                                const uint64_t* seen, Real factor, Real* s, const Ahead& ahead = Ahead()) {
+  const Ahead keys(k.data, k.stride, cells(width));
   for (int64_t r = 0; r < nk; r += kRows) {
     const int64_t rows = least<int64_t>(kRows, nk - r);
     keys.fetch(r + kRows, least<int64_t>(r + 2 * kRows, nk));
@@ -41,8 +42,8 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Real* packed, in
     for (int64_t c = 0; c < nq; c += kCols * kWidth) {
       if (!(some >> c & kBlockBits)) continue;
       const int64_t vectors = least<int64_t>(kCols, (nq - c + kWidth - 1) / kWidth);
-      blocks[vectors - 1](width, k.data + r * k.stride, k.stride, packed + c, kQueries, s + r * kQueries + c,
-                          kQueries, true);
+      blocks[vectors - 1](cells(width), k.data + r * k.stride, k.stride, packed + c, kQueries,
+                          s + r * kQueries + c, kQueries, true, factor);
     }
   }
 }
@@ -80,6 +81,7 @@ ATTN_INLINE void read_bias(const T* at, int64_t row, int64_t col, int64_t nq, in
 
 // What comes on top of the products, for one head of one sequence.
 struct Extras {
+  Real scale;  // of products, where they are not scaled yet
   Real softcap, slope;
   int64_t shift;  // ALiBi: |i + shift - j|
   bool alibi;
@@ -88,6 +90,7 @@ struct Extras {
   Dtype bias_dtype;
 
   ATTN_INLINE Extras(const Problem& p, const Sequence& s, int64_t head) {
+    scale = product_scale(p);
     softcap = static_cast<Real>(p.softcap);
     alibi = p.alibi_slopes != nullptr;
     slope = alibi ? static_cast<Real>(p.alibi_slopes[s.number * p.Hq + head]) : 0;
@@ -170,10 +173,10 @@ ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxim
 }
 
 // The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
-ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Real* packed, int64_t q0,
+ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Cell* packed, int64_t q0,
                             int64_t nq, int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space,
                             Real* s, Real* d_cap, const Ahead& ahead = Ahead()) {
-  score_products(k, width, packed, nq, nk, seen, s, ahead);
+  score_products(k, width, packed, nq, nk, seen, extras.scale, s, ahead);
   if (!extras.none()) add_extras(extras, q0, nq, k0, nk, bias_space, s, d_cap);
   if (seen) hide(seen, nq, nk, s);
 }

@@ -16,10 +16,37 @@ namespace attn::cpu::ATTN_ISA {
 
 void backward(const Problem&, const Backward&);  // backward_*.cpp
 
-#ifdef ATTN_DOUBLE
+#if defined(ATTN_DOUBLE)
 void forward(const Problem& p, const Weights* w) { forward_of<double>(p, w); }
 void weights(const Problem& p, const Weights& w) { weights_of<double>(p, w); }
 void decode(const Decode& d) { decode_of<double>(d); }
+#elif defined(ATTN_PAIRS)
+}  // namespace attn::cpu::ATTN_ISA
+
+namespace attn::cpu::avx512 {
+extern const Kernels table;
+}
+
+namespace attn::cpu::ATTN_ISA {
+namespace {
+
+void forward(const Problem& p, const Weights* w) {
+  return p.dtype == Dtype::bf16 ? forward_of<Bf16>(p, w) : avx512::table.forward(p, w);
+}
+void weights(const Problem& p, const Weights& w) {
+  return p.dtype == Dtype::bf16 ? weights_of<Bf16>(p, w) : avx512::table.weights(p, w);
+}
+void any_backward(const Problem& p, const Backward& b) {
+  return p.dtype == Dtype::bf16 ? backward(p, b) : avx512::table.backward(p, b);
+}
+void decode(const Decode& d) { avx512::table.decode(d); }  // waits for memory
+double float_multiply_adds(int64_t rounds) { return avx512::table.multiply_adds(rounds); }
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {ATTN_ISA_NAME,       forward,      weights, any_backward, decode,
+                       float_multiply_adds, multiply_adds};
 #else
 namespace {
 
@@ -66,7 +93,7 @@ void decode(const Decode& d) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {ATTN_ISA_NAME, forward, weights, any_backward, decode, multiply_adds};
+const Kernels table = {ATTN_ISA_NAME, forward, weights, any_backward, decode, multiply_adds, nullptr};
 #endif
 
 }  // namespace attn::cpu::ATTN_ISA

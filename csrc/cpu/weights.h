@@ -113,15 +113,16 @@ struct WeightSpace {
 };
 
 struct ResidualSpace {
-  Real *packed, *s, *mean, *k, *bias;
+  Cell *packed, *k;
+  Real *s, *mean, *bias;
   uint64_t *seen, *kept;
 
   ResidualSpace(Carver& c, const Problem* p) {
-    const int64_t wide = round_up(p->D, kWidth);
-    packed = c.take<Real>(wide * kQueries);
+    packed = c.take<Cell>(packed_size(p->D));
     s = c.take<Real>(kMaxKeys * kQueries);
     mean = c.take<Real>(kMaxKeys * kQueries);
-    k = c.take<Real>(p->dtype == Dtype::bf16 || p->dtype == Dtype::f16 ? wide * kMaxKeys : 0);
+    const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
+    k = c.take<Cell>(narrow ? round_up(cells(p->D), kWidth) * kMaxKeys : 0);
     bias = c.take<Real>(p->bias.data ? kMaxKeys * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
@@ -153,8 +154,7 @@ struct FromResiduals {
     const Extras extras(p, s, head);
     const Dropout dropout(p, s, head);
     const T* k = rows_at<T>(p.k, s.batch, head / (p.Hq / p.Hkv), k0);
-    pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, static_cast<Real>(p.scale),
-                 w.packed);
+    pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, query_scale(p), w.packed);
     score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.bias,
                w.s, nullptr);
     Real m[kQueries] = {}, l[kQueries] = {}, factor[kQueries] = {};

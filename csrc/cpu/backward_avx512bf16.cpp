@@ -1,0 +1,5 @@
+// The backward kernels on AVX-512 with products of bf16.
+#define ATTN_ISA avx512bf16
+#include "vec_avx512bf16.h"
+//
+#include "backward.h"
