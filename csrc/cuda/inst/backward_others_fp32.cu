@@ -1,0 +1,9 @@
+#include "../backward_launch.cuh"
+
+namespace attn::cuda {
+
+template const char* launch_rows<float>(const BackwardRows<float>::Params&, Stream);
+template const char* launch_weights_delta<float>(const BackwardWeights<float>::Params&, Stream);
+template const char* launch_bias<float>(const BackwardBias<float>::Params&, Stream);
+
+}  // namespace attn::cuda
