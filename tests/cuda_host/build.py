@@ -1,8 +1,7 @@
 """Builds CUDA sources for the emulator with g++: the emulated library, and the C++ programs of these tests.
 
 `python tests/cuda_host/build.py [sanitized]` makes the library and prints its path, for ATTN_CUDA_EMULATED. Two files
-are compiled at a time, and only those that changed. Every function takes the folder of the sources, so that tests can
-build changed copies of them.
+are compiled at a time, and only those that changed.
 """
 
 from __future__ import annotations
@@ -103,9 +102,9 @@ def _relink(target: Path, parts: Sequence[Path], command: Sequence[str]) -> Path
     return target
 
 
-def kernel_sources(csrc: Path = CSRC) -> list[Path]:
+def kernel_sources() -> list[Path]:
     """All of csrc/cuda that is compiled, but for the device's own device.cu."""
-    cuda = csrc / "cuda"
+    cuda = CSRC / "cuda"
     sources = [*cuda.glob("*.cu"), *cuda.glob("inst/*.cu"), cuda / "bind_cuda.cpp"]
     return sorted(source for source in sources if source.name != "device.cu")
 
@@ -121,13 +120,19 @@ def link_library(parts: Sequence[Path], target: Path, flavour: str) -> Path:
     return _relink(target, parts, [*COMPILER, *FLAVOURS[flavour], "-shared", *map(str, parts), *needs, *wraps])
 
 
+def library_objects(flavour: str = "plain") -> list[Path]:
+    """All that the emulated library is made of."""
+    folder = OUT / flavour
+    host = [HERE / name for name in ("control.cpp", "device_host.cpp", "watch.cpp")]
+    with _locked(folder):
+        return emulator_objects(flavour) + objects([*kernel_sources(), *host], folder, flavour)
+
+
 def library(flavour: str = "plain") -> Path:
     """The emulated library, for ATTN_CUDA_EMULATED."""
-    folder = OUT / flavour
-    with _locked(folder):
-        host = [HERE / "device_host.cpp", HERE / "watch.cpp"]
-        parts = emulator_objects(flavour) + objects([*kernel_sources(), *host], folder, flavour)
-        return link_library(parts, folder / LIBRARY, flavour)
+    parts = library_objects(flavour)
+    with _locked(OUT / flavour):
+        return link_library(parts, OUT / flavour / LIBRARY, flavour)
 
 
 def program(source: Path, folder: Path | None = None, flavour: str = "plain") -> Path:

@@ -1,0 +1,84 @@
+"""Emulated libraries of changed kernels: a change of the text, compiled into as few kernels as show it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda_host import build
+
+
+@dataclass(frozen=True)
+class Edit:
+    """text[start:end] of a file of csrc/cuda becomes `new`."""
+
+    file: str
+    start: int
+    end: int
+    new: str
+
+    def applied(self, text: str) -> str:
+        return text[: self.start] + self.new + text[self.end :]
+
+
+def edit(file: str, old: str, new: str, after: str = "") -> Edit:
+    """The first `old` behind the first `after`. Raises ValueError where the text has moved on."""
+    text = (build.CSRC / "cuda" / file).read_text()
+    at = text.find(after)
+    start = text.find(old, at) if at >= 0 else -1
+    if start < 0:
+        raise ValueError(
+            f"{file} holds no {old!r}" + (f" behind {after!r}" if after else "") + "; bring this up to date"
+        )
+    return Edit(file, start, start + len(old), new)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those whose line matches."""
+
+    file: str
+    lines: str = ""
+
+    def text(self) -> str:
+        whole = (build.CSRC / "cuda" / "inst" / self.file).read_text()
+        return "\n".join(
+            line for line in whole.splitlines() if not line.startswith("template ") or re.search(self.lines, line)
+        )
+
+
+def copied(folder: Path, edits: Sequence[Edit]) -> Path:
+    """A csrc with the edits in it."""
+    csrc = folder / "csrc"
+    shutil.copytree(build.CSRC / "cuda", csrc / "cuda", ignore=shutil.ignore_patterns("inst"))
+    for header in build.CSRC.glob("*.h"):
+        shutil.copy(header, csrc)
+    for each in edits:
+        path = csrc / "cuda" / each.file
+        path.write_text(each.applied(path.read_text()))
+    return csrc
+
+
+def library(folder: Path, edits: Sequence[Edit], units: Sequence[Unit], flavour: str = "plain") -> Path:
+    """The library of the tree with changed kernels: the linker takes each from the first object that has it. Raises
+    build.BuildError where the change does not compile."""
+    inst = copied(folder, edits) / "cuda" / "inst"
+    inst.mkdir()
+    sources = []
+    for unit in units:
+        (inst / unit.file).write_text(unit.text())
+        sources.append(inst / unit.file)
+    rest = build.library_objects(flavour)
+    first = build.objects(sources, folder / flavour, flavour)
+    return build.link_library([*first, *rest], folder / flavour / build.LIBRARY, flavour)
+
+
+def sanitizer_libraries() -> list[str]:
+    """What a process must load first to load a library with sanitizers."""
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    command = [*build.COMPILER, *(f"-print-file-name={name}" for name in names)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
