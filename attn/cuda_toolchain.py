@@ -51,7 +51,7 @@ class Toolkit:
 
     def __str__(self) -> str:
         untested = "" if self.version == PIN else ", which is untested"
-        return f"nvcc {self.release} by {self.source}{untested}"
+        return f"nvcc {self.release} from {self.source}{untested}"
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def find_toolkit(wish: str = "auto") -> Toolkit | Row:
     said = toolchain.says([nvcc, "--version"])
     match = re.search(r"release (\d+)\.(\d+), V([\d.]+)", said)
     if match is None:
-        where = f"{nvcc} by {source}, which {'does not tell its version' if Path(nvcc).is_file() else 'is not there'}"
+        where = f"{nvcc} from {source}, which {'does not tell its version' if Path(nvcc).is_file() else 'is not there'}"
         return Row("nvcc", "unfit", where, need, f"ATTN_CUDA_HOME=... names a toolkit that works; {CURES}")
     version = int(match[1]), int(match[2])
     toolkit = Toolkit(nvcc, version, match[3], _root(nvcc), source)
     if version < OLDEST or version[0] > NEWEST_MAJOR:
-        return Row("nvcc", "unfit", f"{match[3]} by {source} ({nvcc})", need, f"ATTN_CUDA_HOME=... names one; {CURES}")
+        return Row("nvcc", "unfit", f"{match[3]} from {source} ({nvcc})", need, f"ATTN_CUDA_HOME=... names one; {CURES}")
     return toolkit
 
 

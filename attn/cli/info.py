@@ -55,6 +55,7 @@ def facts() -> dict[str, Any]:
         "devices": devices,
         "toolchain": _toolchain(),
         "cpu_library": _cpu_library(torch),
+        "cuda_library": _cuda_library(torch),
         **_backends(torch, about_torch, devices["gpus"]),
     }
 
@@ -139,12 +140,18 @@ def _toolchain() -> dict[str, str | None]:
     }
 
 
-def _cpu_library(torch: ModuleType | None) -> dict[str, Any]:
-    """The compiled library: how it was built, the instruction set it runs here, or why it is not here."""
+def _build_info() -> dict[str, Any]:
+    """What the build of the libraries wrote down."""
     try:
-        info = dict(importlib.import_module("attn._build_info").INFO)
+        return dict(importlib.import_module("attn._build_info").INFO)
     except Exception as error:  # a source tree where nothing was built has no such file
-        info = {"cpu": False, "why_no_cpu": f"nothing was built ({_one_line(error)})"}
+        why = f"nothing was built ({_one_line(error)})"
+        return {"why_no_cpu": why, "why_no_cuda": why}
+
+
+def _cpu_library(torch: ModuleType | None) -> dict[str, Any]:
+    """The library of the CPU kernels: how it was built, the instruction set it runs here, or why it is not here."""
+    info = _build_info()
     found = {"compiler": info.get("compiler"), "sets": info.get("sets"), "isa": None, "problem": None}
     if torch is None:
         return found | {"problem": info.get("why_no_cpu") or "torch does not load"}
@@ -153,6 +160,23 @@ def _cpu_library(torch: ModuleType | None) -> dict[str, Any]:
 
         problem = native.load()
         return found | {"isa": native.isa or None, "problem": problem}
+    except Exception as error:
+        return found | {"problem": _one_line(error)}
+
+
+def _cuda_library(torch: ModuleType | None) -> dict[str, Any]:
+    """The library of the CUDA kernels: how it was built and for which GPUs, and why it does not run here."""
+    info = _build_info()
+    images = info.get("cuda_images") or {}
+    found = {"nvcc": info.get("nvcc") or None, "archs": images.get("archs"), "ptx": images.get("ptx"), "problem": None}
+    if not info.get("cuda"):
+        return found | {"problem": info.get("why_no_cuda") or "by an older build"}
+    if torch is None:
+        return found | {"problem": "torch does not load"}
+    try:
+        from attn import native_cuda
+
+        return found | {"problem": native_cuda.load()}
     except Exception as error:
         return found | {"problem": _one_line(error)}
 
@@ -241,10 +265,11 @@ def text(found: dict[str, Any]) -> str:
     if not gpus:
         rows.append(("GPU", f"none: {found['devices']['why_none']}"))
     tools = found["toolchain"]
-    rows.append(("nvcc", tools["nvcc"] or "not found (not needed by this version)"))
+    rows.append(("nvcc", tools["nvcc"] or "not found (only a build of the CUDA kernels needs it)"))
     compilers = [f"{name}: {line}" for name, line in tools.items() if name != "nvcc" and line]
     rows.append(("C++", "; ".join(compilers) or "no compiler found (only a build of the C++ kernels needs one)"))
     rows.append(("C++ kernels", _library_text(found["cpu_library"])))
+    rows.append(("CUDA kernels", _cuda_text(found["cuda_library"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     lines += ["", "Backends, in the order in which they are asked", _backends_text(found)]
@@ -266,6 +291,14 @@ def _library_text(about: dict[str, Any]) -> str:
         return str(about["problem"])
     sets = ", ".join([*(about["sets"] or ()), "portable"])
     return f"run on {about['isa']}; built by {about['compiler'] or 'an unknown compiler'} for {sets}"
+
+
+def _cuda_text(about: dict[str, Any]) -> str:
+    if not about["nvcc"]:
+        return f"not built: {about['problem']}. Cure: ATTN_CUDA=pip pip install . in the source tree"
+    images = ", ".join(f"sm_{arch}" for arch in about["archs"])
+    built = f"built by {about['nvcc']} for {images}" + (f" and PTX of compute_{about['ptx']}" if about["ptx"] else "")
+    return f"{built}; not run here: {about['problem']}" if about["problem"] else built
 
 
 def _gpu_text(gpu: dict[str, Any]) -> str:
