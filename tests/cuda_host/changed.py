@@ -39,16 +39,14 @@ def edit(file: str, old: str, new: str, after: str = "") -> Edit:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those whose line matches."""
+    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those that match."""
 
     file: str
-    lines: str = ""
+    chosen: str = ""
 
     def text(self) -> str:
         whole = (build.CSRC / "cuda" / "inst" / self.file).read_text()
-        return "\n".join(
-            line for line in whole.splitlines() if not line.startswith("template ") or re.search(self.lines, line)
-        )
+        return re.sub(r"^template [^;]*;", lambda m: m[0] if re.search(self.chosen, m[0]) else "", whole, flags=re.M)
 
 
 def copied(folder: Path, edits: Sequence[Edit]) -> Path:

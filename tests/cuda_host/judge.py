@@ -2,7 +2,8 @@
 
 Reads lines of JSON {"library": path, "cases": [...], "seconds": limit} and answers each with a line {"verdict": ...,
 "case": ..., "said": ...}. A verdict is "passes", the name of the emulator's report, "numbers", "bank conflicts",
-"refused", "crash" or "timeout". A case is a situation of attn.testing.matrix, a dtype, and changes: "causal bf16 L=65".
+"refused", "error", "crash" or "timeout". A case is a situation of attn.testing.matrix, a dtype, and changes:
+"causal bf16 L=65 S=64".
 """
 
 from __future__ import annotations
@@ -66,17 +67,22 @@ def made(text: str) -> Any:
     more = {}
     for change in changes:
         key, _, value = change.partition("=")
-        more[key] = value if value.isalpha() and value not in ("True", "False") else ast.literal_eval(value)
+        try:
+            more[key] = ast.literal_eval(value)
+        except ValueError:  # a word
+            more[key] = value
     return situation(name, dtypes[dtype], **more)
 
 
 def _try(library: str, cases: Sequence[str], pipe: int) -> None:
     """In the child: all cases, up to the first that does not pass."""
     from attn import native_cuda
+    from attn.backends import load
     from attn.testing import assert_case
 
     native_cuda.EMULATED = library
     native_cuda.load.cache_clear()
+    load("cuda").missing = load("cuda").available()
     emulator = Emulator(library)
     said = {"verdict": "passes", "case": "", "said": ""}
     for turn, text in enumerate(cases):
@@ -94,6 +100,9 @@ def _try(library: str, cases: Sequence[str], pipe: int) -> None:
         except RuntimeError as error:
             found = REPORT.match(str(error))
             said |= {"verdict": found[1] if found else "refused", "said": str(error)[:2000]}
+            break
+        except Exception as error:
+            said |= {"verdict": "error", "said": repr(error)[:2000]}
             break
     os.write(pipe, (json.dumps(said) + "\n").encode())
 

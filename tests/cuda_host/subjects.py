@@ -30,6 +30,10 @@ FLOAT = Unit("forward_fp32_light.cu", "<float, 32,")
 FLOAT_HEAVY = Unit("forward_fp32_heavy.cu", "<float, 32,")
 WEIGHTS = Unit("weights_fp16.cu", "<fp16, 32>")
 DECODE = Unit("decode_bf16.cu", "<bf16, 32,")
+BACKWARD = Unit("backward_bf16_light.cu", "<bf16, 64,")
+BACKWARD_HEAVY = Unit("backward_bf16_heavy.cu", "<bf16, 32,")
+BACKWARD_FLOAT = Unit("backward_fp32_heavy.cu", "<float, 32,")
+BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
 
 PLAIN_CASES = (
     "full bf16 head_dim=64 value_dim=64 L=129 S=64 kind=large" + ONE,
@@ -99,6 +103,36 @@ DECODE_CASES = (
     "decode_paged bf16 Hq=4 Hkv=2 L=3 S=200 value_dim=20 seed=4",
     "decode_paged bf16 Hq=2 Hkv=2 grouped=False L=1 S=100 value_dim=32 head_dim=32 seed=5",
 )
+# With gradients.
+LIGHT_GRADIENT_CASES = (
+    "causal bf16 head_dim=64 value_dim=64 L=129 S=129 B=1 Hq=1 Hkv=1 grouped=False lse=False",
+    "causal_end bf16 head_dim=57 value_dim=33 L=66 S=130 B=2 Hq=4 Hkv=2",
+    "window bf16 head_dim=64 value_dim=64 L=200 S=190 B=1 Hq=1 Hkv=1 grouped=False left=63 right=1",
+    "window bf16 head_dim=64 value_dim=64 L=260 S=130 B=1 Hq=2 Hkv=1 left=128 right=64",
+    "dead_rows bf16 head_dim=64 value_dim=64 L=130 S=65 B=1 Hq=2 Hkv=1",
+    "lengths bf16 head_dim=64 value_dim=64 L=129 S=130 B=4 Hq=2 Hkv=1 seed=5",
+    "varlen_causal bf16 head_dim=64 value_dim=64 B=5 L=150 S=140 Hq=2 Hkv=1 seed=3",
+    "full bf16 head_dim=64 value_dim=40 L=64 S=64 kind=large layout=strided",
+)
+GRADIENT_CASES = (
+    "bias bf16 L=65 S=66",
+    "bias bf16 L=70 S=67 seed=12",
+    "bias_keep bf16 L=40 S=130 seed=13",
+    "bias bf16 L=66 S=65 seed=14",
+    "weights bf16 L=65 S=67",
+    "weights_per_head bf16 L=65 S=67",
+    "weights_bias bf16 L=66 S=66 seed=15",
+    "documents_causal bf16 L=130 S=130 B=1 Hq=2 Hkv=1",
+    "prefix_window bf16 L=66 S=130",
+    "alibi bf16 L=65 S=40",
+    "softcap bf16 L=40 S=65",
+    "dropout_causal bf16 L=70 S=66",
+    "dropout_all bf16",
+    "varlen_all bf16 B=3 L=70 S=70 Hq=2 Hkv=1",
+    "everything bf16 L=70 S=70",
+    "everything fp32 L=40 S=70",
+    "dropout fp32 L=40 S=33 Hq=4 Hkv=2",
+)
 
 _ALL = (LIGHT, LIGHT_SMALL, HEAVY, HEAVY_SMALL, FLOAT)
 _FORWARD = PLAIN_CASES + BAND_CASES
@@ -114,4 +148,10 @@ SUBJECTS = {
     "dropout.cuh": Subject((HEAVY_SMALL, FLOAT_HEAVY), EXTRA_CASES),
     "weights.cuh": Subject((WEIGHTS,), WEIGHTS_CASES),
     "decode.cuh": Subject((DECODE,), DECODE_CASES),
+    "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
+    "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
+    "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
+    "gradient.cuh": Subject(
+        (BACKWARD, BACKWARD_HEAVY, BACKWARD_FLOAT, BACKWARD_OTHERS), LIGHT_GRADIENT_CASES + GRADIENT_CASES
+    ),
 }
