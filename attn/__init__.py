@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attn import masks, testing, transformer
+    from attn import integrations, masks, testing, transformer
     from attn.capture import capture_weights
     from attn.functional import attention, explain, scaled_dot_product_attention
     from attn.module import MultiheadAttention
@@ -38,7 +38,7 @@ _HOME = {  # no module is named like a function: importing it would hide the fun
     "available_backends": "planner",
     "use_backend": "planner",
 }
-_MODULES = ("masks", "testing", "transformer")
+_MODULES = ("masks", "testing", "transformer", "integrations")
 
 __all__ = [
     "MultiheadAttention",
@@ -49,6 +49,7 @@ __all__ = [
     "capture_weights",
     "decode_attention",
     "explain",
+    "integrations",
     "masks",
     "plot_weights",
     "replace",
