@@ -18,6 +18,7 @@ struct CacheRows {
     const int page = clamp<int>(ldg(pages + j / slots), 0, last_page);
     return base + page * page_stride + j % slots * stride;
   }
+  ATTN_DEV IndexCursor<CacheRows> cursor(int first, int step) const { return {*this, first, step}; }
 };
 
 // The queries of a key head.
@@ -27,6 +28,7 @@ struct PackedQueries {
   int tokens;
 
   ATTN_DEV const char* row(int r) const { return base + r / tokens * head + r % tokens * stride; }
+  ATTN_DEV IndexCursor<PackedQueries> cursor(int first, int step) const { return {*this, first, step}; }
 };
 
 // kManyRows: more than 16 rows, one block of 16 per warp; else the warps share the rows and divide the keys.

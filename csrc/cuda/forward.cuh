@@ -36,7 +36,7 @@ struct Forward {
                                   static_cast<int>(p.D) * size, c.k_access};
     const KeyStream<GlobalRows> v{global_rows<T>(p.v, s.batch, kv_head, s.k_first),
                                   static_cast<int>(p.Dv) * size, c.v_access};
-    const Mask mask(c, s);
+    const Mask mask(c, s, kHeavy);
     const KeyTiles<Shape::kTileKeys, kHeavy> tiles(mask, t.q0, kRows, 0, s.keys);
     Attend<Shape> a;
     copy_tile<typename Shape::QTile, kThreads>(a.smem, global_rows<T>(p.q, s.batch, t.head, s.q_first), t.q0,

@@ -79,13 +79,14 @@ struct Mask {
   int keys, queries;
   const int64_t *ids_q, *ids_k;  // null without documents
 
-  ATTN_DEV Mask(const Call& c, const Sequence& s) : keys(s.keys), queries(s.queries) {
+  // `documents`: false where the call is known to have neither documents nor a prefix.
+  ATTN_DEV Mask(const Call& c, const Sequence& s, bool documents = true) : keys(s.keys), queries(s.queries) {
     const int off = c.p.end ? s.keys - s.queries : 0;
     low = c.p.left < 0 ? -kFar : off - c.left;
     high = c.p.right < 0 ? kFar : off + c.right;
-    prefix = c.p.prefix && c.banded ? clamp<int>(ldg(c.p.prefix + s.number), 0, s.keys) : 0;
-    ids_q = c.p.ids_q ? c.p.ids_q + s.batch * c.p.L + s.q_first : nullptr;
-    ids_k = c.p.ids_k ? c.p.ids_k + s.batch * c.p.S + s.k_first : nullptr;
+    prefix = documents && c.p.prefix && c.banded ? clamp<int>(ldg(c.p.prefix + s.number), 0, s.keys) : 0;
+    ids_q = documents && c.p.ids_q ? c.p.ids_q + s.batch * c.p.L + s.q_first : nullptr;
+    ids_k = documents && c.p.ids_k ? c.p.ids_k + s.batch * c.p.S + s.k_first : nullptr;
   }
   // The band alone, whose anchor is `off`.
   ATTN_DEV Mask(int low_, int high_, int keys_, int queries_)

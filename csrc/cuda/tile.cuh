@@ -34,6 +34,24 @@ struct GlobalRows {
   int64_t stride;  // bytes
 
   ATTN_DEV const char* row(int i) const { return base + i * stride; }
+
+  struct Cursor {
+    const char* at;
+    int64_t step;
+    ATTN_DEV const char* here() const { return at; }
+    ATTN_DEV void next() { at += step; }
+  };
+  // Walks over every step-th row from `first` on.
+  ATTN_DEV Cursor cursor(int first, int step) const { return {row(first), step * stride}; }
+};
+
+// The cursor of rows whose places follow no rule.
+template <class Source>
+struct IndexCursor {
+  const Source& from;
+  int index, step;
+  ATTN_DEV const char* here() const { return from.row(index); }
+  ATTN_DEV void next() { index += step; }
 };
 
 template <class T>
@@ -62,15 +80,29 @@ ATTN_DEV void copy_chunk(uint32_t to, const char* from, int valid, int access) {
 // `width` is that of the tensor in bytes, `access` that of its copies. Closes no group.
 template <class Tile, int kThreads, class Source>
 ATTN_DEV void copy_tile(uint32_t to, const Source& from, int first, int end, int width, int access) {
-  constexpr int kAll = Tile::kRows * Tile::kChunks, kRounds = (kAll + kThreads - 1) / kThreads;
+  constexpr int kAll = Tile::kRows * Tile::kChunks, kStep = kThreads / Tile::kChunks;
   const int thread = static_cast<int>(tid());
   if (access == 16) {
-    ATTN_UNROLL for (int i = 0; i < kRounds; ++i) {
-      const int x = thread + i * kThreads, row = x / Tile::kChunks, chunk = x % Tile::kChunks;
-      if (kAll % kThreads != 0 && x >= kAll) break;
-      const int valid = first + row < end ? clamp(width - chunk * 16, 0, 16) : 0;
-      cp_async_16(Tile::at(to, row, chunk), valid > 0 ? from.row(first + row) + chunk * 16 : from.base,
-                  valid);
+    if constexpr (kThreads % Tile::kChunks == 0) {  // a thread has one column of chunks
+      const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+      const int in_row = clamp(width - chunk * 16, 0, 16);
+      auto at = from.cursor(first + row, kStep);
+      ATTN_UNROLL
+      for (int i = 0; i < Tile::kRows; i += kStep) {
+        if (Tile::kRows % kStep != 0 && row + i >= Tile::kRows) break;
+        const int valid = first + row + i < end ? in_row : 0;
+        cp_async_16(Tile::at(to, row + i, chunk), valid > 0 ? at.here() + chunk * 16 : from.base, valid);
+        at.next();
+      }
+    } else {
+      ATTN_UNROLL
+      for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
+        const int x = thread + i * kThreads, row = x / Tile::kChunks, chunk = x % Tile::kChunks;
+        if (kAll % kThreads != 0 && x >= kAll) break;
+        const int valid = first + row < end ? clamp(width - chunk * 16, 0, 16) : 0;
+        cp_async_16(Tile::at(to, row, chunk), valid > 0 ? from.row(first + row) + chunk * 16 : from.base,
+                    valid);
+      }
     }
     return;
   }
