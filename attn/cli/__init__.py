@@ -14,6 +14,7 @@ COMMANDS = {
     "info": "what is installed, which backends work here, why the others do not, and the cure",
     "demo": "swap the module into two models, train them on real text, compare losses, time and memory",
     "verify": "every backend against the reference on this machine, a table; a case line replays one case",
+    "bench": "speed and memory beside PyTorch's kernels and installed libraries, each checked before it is timed",
     "explain": "which backend runs a call, given as a line, and why each other one does not",
 }
 

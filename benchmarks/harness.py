@@ -1,0 +1,175 @@
+"""One work: its contenders are checked, then timed in turns, in one run.
+
+Whoever fails its check, or raises, gets no time. The others are warmed up until their times settle; then all take
+turns, the order changing from round to round, so that heat, clocks and other work on the machine meet all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn.benchmarks import checks, modules, problem
+from attn.benchmarks.peers import Contender, contenders
+from attn.benchmarks.timer import Run, Timer
+from attn.benchmarks.work import CALLS, Work, cost_of_call, cost_of_module
+from attn.spec import DecodeOperands
+
+SETTLED, WARM_UPS = 0.1, 5
+"""Two samples in a row that differ by no more than this part end the warm-up; at the latest, so many do."""
+ROUNDS = (7, 40)
+"""At least, whatever it takes, and at most, whatever time is left."""
+
+Check = Callable[[Contender], float]
+"""The largest error over what is allowed; AssertionError where more is wrong."""
+
+
+@dataclass
+class Row:
+    """What became of one contender: a sample per round in ms, or why there is none."""
+
+    contender: str
+    ours: bool
+    ms: list[float] = field(default_factory=list)
+    error: float = math.nan
+    """The largest error over what is allowed."""
+    problem: str = ""
+    wrong: bool = False
+    memory: int | None = None
+
+    def percentile(self, p: float) -> float:
+        """ms, interpolated; NaN without samples."""
+        if not self.ms:
+            return math.nan
+        ordered = sorted(self.ms)
+        at = p / 100 * (len(ordered) - 1)
+        low = int(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        """ms."""
+        return self.percentile(50)
+
+
+@dataclass
+class Result:
+    """A work with its rows, and the peers that took no part. `cost` is the least that has to be done."""
+
+    work: Work
+    flops: int
+    bytes: int
+    rows: list[Row]
+    absent: dict[str, str]
+
+    @property
+    def best(self) -> Row | None:
+        """The quickest."""
+        return min((r for r in self.rows if r.ms), key=lambda r: r.median, default=None)
+
+
+@dataclass(frozen=True)
+class Who:
+    """Whom to time: names of our backends and of peers; empty for all."""
+
+    backends: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+
+
+def measure(work: Work, timer: Timer, seconds: float, who: Who = Who()) -> Result:
+    """Check and time everyone; `seconds` is for the rounds alone."""
+    if work.kind in CALLS:
+        x = work.operands()
+        case, cost = work.case, cost_of_call(work, x)
+        p = problem.problem(case, x)
+        found, absent = contenders(p, who.backends, who.peers)
+        expected = checks.expected(case, x)
+        d_out = None if isinstance(x, DecodeOperands) or not case.has_gradients else case.gradients(x)[0]
+        runs = {c.name: _run(work, c.call, p.leaves, d_out) for c in found}
+        rows = race(found, runs, lambda c: _worst_of_call(c, p, expected), timer, seconds)
+    else:
+        m, cost = modules.problem(work), cost_of_module(work)
+        found, absent = m.contenders(), {}
+        wanted = modules.ModuleExpected(m)
+        of = {c.name: m.ours if c.ours else m.stock for c in found}
+        runs = {c.name: _run(work, c.call, m.leaves(of[c.name]), m.d_out) for c in found}
+        rows = race(found, runs, lambda c: wanted.worst(of[c.name]), timer, seconds)
+    return Result(work, cost.flops, cost.bytes, rows, absent)
+
+
+def race(
+    found: Sequence[Contender], runs: dict[str, Callable[[], Run]], check: Check, timer: Timer, seconds: float
+) -> list[Row]:
+    """Rows in the order of the contenders. `runs` makes what is sampled of each, once its check has passed."""
+    rows = {c.name: Row(c.name, c.ours) for c in found}
+    ready: dict[str, Run] = {}
+    for c in found:
+        row = rows[c.name]
+        try:
+            with c.inside(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch warns of each kernel that it may not use
+                row.error = check(c)
+                run = runs[c.name]()
+                row.memory = timer.memory(run)
+                ready[c.name] = timer.prepared(run)
+                _warm_up(timer, ready[c.name])
+        except AssertionError as error:
+            row.problem, row.wrong = str(error), True
+        except Exception as error:  # a kernel that refuses a shape is an answer too, and the others go on
+            row.problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    alive = [c for c in found if c.name in ready]
+    start, n = timer.now(), 0
+    while alive and n < ROUNDS[1] and (n < ROUNDS[0] or timer.now() - start < seconds):
+        first = n % len(alive)
+        for c in [*alive[first:], *alive[:first]]:
+            with c.inside():
+                rows[c.name].ms.append(timer.sample(ready[c.name]))
+        n += 1
+    return list(rows.values())
+
+
+def _warm_up(timer: Timer, run: Run) -> None:
+    before = math.inf
+    for _ in range(WARM_UPS):
+        now = timer.sample(run)
+        if abs(now - before) <= SETTLED * before:
+            return
+        before = now
+
+
+def _run(work: Work, call: Callable[[], Tensor], leaves: list[Tensor], d_out: Tensor | None) -> Callable[[], Run]:
+    """Makes what is sampled: the pass of the work."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return call()
+
+    def both() -> Any:
+        return torch.autograd.grad(call(), leaves, d_out)
+
+    def backward() -> Run:
+        out: list[Tensor] = []
+
+        def run() -> Any:
+            if not out:  # the first, untimed call: on a GPU its stream is that of the capture
+                out.append(call())
+            return torch.autograd.grad(out[0], leaves, d_out, retain_graph=True)
+
+        return run
+
+    return backward if work.what == "backward" else lambda: forward if work.what == "forward" else both
+
+
+def _worst_of_call(c: Contender, p: problem.Problem, expected: checks.Expected) -> float:
+    if expected.d_out is None:
+        with torch.no_grad():
+            return expected.worst(c.call(), ())
+    out = c.call()
+    return expected.worst(out.detach(), torch.autograd.grad(out, p.leaves, expected.d_out))
