@@ -40,14 +40,59 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-@pytest.mark.parametrize("isa", EMULATED)
-def test_the_tests_of_the_kernels(isa: str, emulated: Path) -> None:
-    """Those of this folder that force a set or take the one in use, with the emulated library in place."""
-    env = os.environ | {"ATTN_CPU_ISA": isa, "PYTHONPATH": str(emulated), "ATTN_EXPECT": "cpu"}
-    tests = ["tests/test_native.py", "tests/test_cpu_backward.py"]
-    # A set whose speed was never measured is not taken to be the quicker one; the emulation is not.
-    skip = "not costs_less and not planner_takes_it"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", skip, *tests]
-    done = subprocess.run(command, cwd=emulated, env=env, capture_output=True, text=True)
+def in_tree(tree: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(tree), "ATTN_EXPECT": "cpu"} | variables
+    return subprocess.run([sys.executable, *command], cwd=tree, env=env, capture_output=True, text=True)
+
+
+def test_the_tests_of_the_kernels(emulated: Path) -> None:
+    """Those of this folder with the emulated library in place: on both sets, or on the one with bf16."""
+    # No question of speed: an emulation is not quick, and which set is the quicker one was not measured.
+    chosen = "not portable and not costs_less and not planner_takes_it"
+    tests = ("tests/test_native.py", "tests/test_cpu_backward.py")
+    done = in_tree(
+        emulated, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", chosen, *tests, ATTN_CPU_ISA="avx512bf16"
+    )
     assert done.returncode == 0, done.stdout[-6000:]
-    assert f"[{isa}" in done.stdout or " passed" in done.stdout
+    for isa in EMULATED:
+        assert re.search(rf"::test_random_cases_\w+\[\d-{isa}\] PASSED", done.stdout), isa
+
+
+SITUATIONS = """
+from attn import native
+from attn.testing import assert_case, matrix
+import torch
+for isa in ("avx512bf16", "avx512"):
+    with native.use_isa(isa):
+        for name in matrix.SITUATIONS:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                assert_case(matrix.situation(name, dtype), "cpu")
+    print(isa, "done")
+"""
+
+
+def test_every_situation_of_the_matrix(emulated: Path) -> None:
+    done = in_tree(emulated, "-c", SITUATIONS)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.stdout.split() == [word for isa in EMULATED for word in (isa, "done")]
+
+
+DIFFERENT = """
+import torch
+from attn import native
+from attn.backends import load
+from attn.spec import Operands
+found = []
+for isa in ("avx512bf16", "avx512"):
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        x = Operands(*torch.randn(3, 1, 2, 70, 32).to(dtype))
+        with native.use_isa(isa):
+            found.append(load("cpu").forward(x)[0])
+print(torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))
+"""
+
+
+def test_bf16_takes_the_dot_and_nothing_else_does(emulated: Path) -> None:
+    """Probabilities rounded to bf16 show in the bits."""
+    assert in_tree(emulated, "-c", DIFFERENT).stdout.split() == ["False", "True"]
