@@ -91,7 +91,15 @@ def objects(sources: Sequence[Path], folder: Path, flavour: str) -> list[Path]:
 
 def emulator_objects(flavour: str) -> list[Path]:
     """The emulator itself."""
-    return objects(sorted((HERE / "emulator").glob("*.cpp")), OUT / flavour, flavour)
+    with _locked(OUT / flavour):
+        return objects(sorted((HERE / "emulator").glob("*.cpp")), OUT / flavour, flavour)
+
+
+def kernel_objects(flavour: str) -> list[Path]:
+    """Kernels, binding, and what stands between them and the emulator."""
+    host = [HERE / name for name in ("control.cpp", "device_host.cpp", "watch.cpp")]
+    with _locked(OUT / flavour):
+        return objects([*kernel_sources(), *host], OUT / flavour, flavour)
 
 
 def _relink(target: Path, parts: Sequence[Path], command: Sequence[str]) -> Path:
@@ -120,17 +128,9 @@ def link_library(parts: Sequence[Path], target: Path, flavour: str) -> Path:
     return _relink(target, parts, [*COMPILER, *FLAVOURS[flavour], "-shared", *map(str, parts), *needs, *wraps])
 
 
-def library_objects(flavour: str = "plain") -> list[Path]:
-    """All that the emulated library is made of."""
-    folder = OUT / flavour
-    host = [HERE / name for name in ("control.cpp", "device_host.cpp", "watch.cpp")]
-    with _locked(folder):
-        return emulator_objects(flavour) + objects([*kernel_sources(), *host], folder, flavour)
-
-
 def library(flavour: str = "plain") -> Path:
     """The emulated library, for ATTN_CUDA_EMULATED."""
-    parts = library_objects(flavour)
+    parts = emulator_objects(flavour) + kernel_objects(flavour)
     with _locked(OUT / flavour):
         return link_library(parts, OUT / flavour / LIBRARY, flavour)
 
@@ -138,8 +138,9 @@ def library(flavour: str = "plain") -> Path:
 def program(source: Path, folder: Path | None = None, flavour: str = "plain") -> Path:
     """A program of one source and the emulator, in `folder`."""
     folder = folder or OUT / flavour
+    emulator = emulator_objects(flavour)
     with _locked(OUT / flavour):
-        parts = emulator_objects(flavour) + objects([source], folder, flavour)
+        parts = emulator + objects([source], folder, flavour)
         return _relink(folder / source.stem, parts, [*COMPILER, *FLAVOURS[flavour], *map(str, parts)])
 
 

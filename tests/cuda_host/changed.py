@@ -62,16 +62,15 @@ def copied(folder: Path, edits: Sequence[Edit]) -> Path:
 
 
 def library(folder: Path, edits: Sequence[Edit], units: Sequence[Unit], flavour: str = "plain") -> Path:
-    """The library of the tree with changed kernels: the linker takes each from the first object that has it. Raises
-    build.BuildError where the change does not compile."""
+    """The library of the tree with changed kernels: the linker takes each from the first object that has it. `flavour`
+    is that of the units and of the emulator. Raises build.BuildError where the change does not compile."""
     inst = copied(folder, edits) / "cuda" / "inst"
     inst.mkdir()
-    sources = []
-    for unit in units:
-        (inst / unit.file).write_text(unit.text())
-        sources.append(inst / unit.file)
-    rest = build.library_objects(flavour)
+    sources = [inst / f"{i}_{unit.file}" for i, unit in enumerate(units)]
+    for source, unit in zip(sources, units, strict=True):
+        source.write_text(unit.text())
     first = build.objects(sources, folder / flavour, flavour)
+    rest = build.emulator_objects(flavour) + build.kernel_objects("plain")
     return build.link_library([*first, *rest], folder / flavour / build.LIBRARY, flavour)
 
 

@@ -42,6 +42,10 @@ PLAIN_CASES = (
     "full bf16 head_dim=18 value_dim=30 L=65 S=63 layout=strided" + PAIR,
     "causal bf16 head_dim=64 value_dim=64 L=200 S=200 kind=shifted" + ONE,
     "full fp32 head_dim=32 value_dim=20 L=65 S=130" + PAIR,
+    # Maxima that grow from tile to tile.
+    "full bf16 head_dim=64 value_dim=64 L=65 S=257 kind=large" + PAIR,
+    "full fp32 head_dim=32 value_dim=32 L=33 S=257 kind=large" + ONE,
+    "keep fp16 head_dim=64 value_dim=64 L=33 S=257 kind=large" + ONE,
 )
 BAND_CASES = (
     "causal bf16 head_dim=64 value_dim=64 L=129 S=129" + ONE,
@@ -49,6 +53,7 @@ BAND_CASES = (
     "causal_end bf16 head_dim=64 value_dim=64 L=2 S=128" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=130 S=67" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=66 S=257" + PAIR,
+    "dead_rows bf16 head_dim=64 value_dim=64 L=200 S=66" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=260 S=259 left=63 right=0" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=260 S=259 left=65 right=64" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=300 S=300 left=191 right=63" + ONE,
