@@ -4,19 +4,25 @@
 namespace attn::cuda {
 namespace {
 
-// Floats of scratch, in this order: m, r and delta of each row; delta with that of the weights; partial sums
-// of a bias gradient.
+// With few keys nearly all of a gradient may cancel; a delta from the scores is then free of the rounding of
+// `out`.
+constexpr int64_t kFewKeys = 64;
+
+// Floats of scratch, in this order: m, r and delta of each row; delta from the scores; partial sums of a bias
+// gradient.
 struct Layout {
-  int64_t row_count, weights_count, bias_count;
+  bool whole;  // whether delta is from the scores alone
+  int64_t row_count, delta_count, bias_count;
 
   Layout(const Problem& p, const Backward& b) {
+    whole = p.dtype == Dtype::f32 && p.S <= kFewKeys;
     row_count = padded_rows(p) * p.Hq * (p.N > 0 ? 1 : p.B);
-    weights_count = b.d_weights.data ? row_count : 0;
+    delta_count = whole || b.d_weights.data ? row_count : 0;
     const Over over = over_of(p, b.d_bias);
     const bool partial = b.d_bias.data && is_partial(over);
     bias_count = partial ? p.B * p.Hq * (over.row ? 1 : p.L) * (over.col ? 1 : p.S) : 0;
   }
-  int64_t bytes() const { return (3 * row_count + weights_count + bias_count) * int64_t{sizeof(float)}; }
+  int64_t bytes() const { return (3 * row_count + delta_count + bias_count) * int64_t{sizeof(float)}; }
 
   // Where rows or columns are summed, too few blocks would be at work if they also summed batches and heads.
   static bool is_partial(const Over& over) { return (over.row || over.col) && (over.batch || over.head); }
@@ -47,12 +53,12 @@ const char* all_passes(const Call& c, const Backward& b, float* scratch, Stream 
   const bool light = is_light(p) && !b.d_weights.data && !b.d_bias.data;
   const bool wide = access_of(p.out, p.dtype) == 16 && access_of(b.d_out, p.dtype) == 16 &&
                     p.Dv % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+  const bool folded = light && !std::is_same_v<T, float>;
   const char* said = launch_rows<T>(
-      {c, b.d_out, static_cast<const float*>(b.d_lse), rows, light && !std::is_same_v<T, float>, wide},
-      stream);
+      {c, b.d_out, static_cast<const float*>(b.d_lse), rows, folded, wide, !layout.whole}, stream);
   if (*said) return said;
-  if (b.d_weights.data) {
-    said = launch_weights_delta<T>({c, b, rows, scratch + 3 * n}, stream);
+  if (layout.delta_count > 0) {
+    said = launch_delta<T>({c, b, rows, scratch + 3 * n, access_of(b.d_out, p.dtype), layout.whole}, stream);
     if (*said) return said;
     rows.delta = scratch + 3 * n;
   }
@@ -62,7 +68,7 @@ const char* all_passes(const Call& c, const Backward& b, float* scratch, Stream 
                  : launch_backward<T, kDim, true>(c, b, rows, stream);
   });
   if (*said || !b.d_bias.data) return said;
-  return bias_gradient<T>(c, b, rows, scratch + 3 * n + layout.weights_count, stream);
+  return bias_gradient<T>(c, b, rows, scratch + 3 * n + layout.delta_count, stream);
 }
 
 }  // namespace

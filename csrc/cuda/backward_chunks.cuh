@@ -1,4 +1,4 @@
-// The passes of backward that keep no rows of queries or keys: what returned weights add to delta, and the
+// The passes of backward that keep no rows of queries or keys: delta where it comes from the scores, and the
 // gradient of a bias. Their products go over the head dims in chunks, so that one kernel serves every
 // head_dim.
 #pragma once
@@ -56,15 +56,18 @@ struct ChunkedTile {
   }
 };
 
-// to := delta + rowsum(W d_weights), with W the weights as they were returned.
+// delta from the scores: to := delta + rowsum(P dP). dP is that of the returned weights alone, or, `whole`,
+// all of it.
 template <class T>
-struct BackwardWeights {
+struct BackwardDelta {
   using Of = ChunkedTile<T>;
   struct Params {
     Call c;
     Backward b;
     RowStatistics rows;
     float* to;
+    int d_out_access;
+    bool whole;
   };
   static constexpr int kThreads = Of::kThreads, kSmem = Of::kSmem, kMinBlocks = 2;
 
@@ -88,6 +91,7 @@ struct BackwardWeights {
       typename Of::Products product, dp;
       Of::scores(product, x.c, s, t.head, t.q0, tile.k0);
       clear(dp);
+      if (x.whole) Of::gradients(dp, x.c, x.b.d_out, x.d_out_access, s, t.head, t.q0, tile.k0);
       gradient.template both<false>(tile.partial, q0, tile.k0, Of::piece(), rows, product, dp);
       ATTN_UNROLL
       for (int half = 0; half < 2; ++half) {

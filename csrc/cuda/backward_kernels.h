@@ -15,7 +15,7 @@ const char* launch_backward(const Call&, const Backward&, const RowStatistics&, 
 template <class T>
 const char* launch_rows(const typename BackwardRows<T>::Params&, Stream);
 template <class T>
-const char* launch_weights_delta(const typename BackwardWeights<T>::Params&, Stream);
+const char* launch_delta(const typename BackwardDelta<T>::Params&, Stream);
 template <class T>
 const char* launch_bias(const typename BackwardBias<T>::Params&, Stream);
 

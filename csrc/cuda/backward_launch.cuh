@@ -31,8 +31,8 @@ const char* launch_rows(const typename BackwardRows<T>::Params& x, Stream stream
   return launch<BackwardRows<T>>(x, {query_blocks<kRowPad>(x.c.p), 1, 1}, stream);
 }
 template <class T>
-const char* launch_weights_delta(const typename BackwardWeights<T>::Params& x, Stream stream) {
-  return launch<BackwardWeights<T>>(x, {query_blocks<ChunkedTile<T>::kRows>(x.c.p), 1, 1}, stream);
+const char* launch_delta(const typename BackwardDelta<T>::Params& x, Stream stream) {
+  return launch<BackwardDelta<T>>(x, {query_blocks<ChunkedTile<T>::kRows>(x.c.p), 1, 1}, stream);
 }
 template <class T>
 const char* launch_bias(const typename BackwardBias<T>::Params& x, Stream stream) {

@@ -1,9 +1,8 @@
 // What backward knows of each query row before it meets a key, and the kernel that finds it.
 //
 // P = 2^((s - m) log2(e) - r) with m and l of forward and r = log2(l); folded, for light calls of 16 bits, r
-// has m log2(e) in it. A dead row has r = inf, and so P = 0. With d_out the gradient of out, and but for what
-// returned weights add (backward_weights.cuh): delta = rowsum(out d_out) - d_lse, so that dS = P (dP -
-// delta).
+// has m log2(e) in it. A dead row has r = inf, and so P = 0. dS = P (dP - delta) with delta = rowsum(P dP) -
+// d_lse; but for what returned weights add to dP, rowsum(P dP) is rowsum(out d_out).
 #pragma once
 #include "schedule.cuh"
 
@@ -34,6 +33,7 @@ struct BackwardRows {
     const float* d_lse;
     RowStatistics to;
     bool folded, wide;  // wide: whether 16 bytes of a row can be read at once
+    bool of_out;        // whether rowsum(out d_out) belongs to delta
   };
   static constexpr int kThreads = 128, kSmem = 0, kMinBlocks = 1;
   static constexpr int kLanes = 8, kWide = 16 / static_cast<int>(sizeof(T));
@@ -50,7 +50,8 @@ struct BackwardRows {
       const bool real = i < s.queries;
       const int64_t row = s.q_first + i;
       float delta = 0.f;
-      if (real) delta = dot(out + row * p.out.row, grad + row * x.d_out.row, static_cast<int>(p.Dv), x.wide);
+      if (real && x.of_out)
+        delta = dot(out + row * p.out.row, grad + row * x.d_out.row, static_cast<int>(p.Dv), x.wide);
       for (int mask = kLanes / 2; mask > 0; mask /= 2) delta += shfl_xor(delta, mask);
       if (tid() % kLanes != 0) continue;
       const float l = real ? ldg(static_cast<const float*>(p.l) + given + i) : 0.f;

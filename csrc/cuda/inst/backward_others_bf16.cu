@@ -3,7 +3,7 @@
 namespace attn::cuda {
 
 template const char* launch_rows<bf16>(const BackwardRows<bf16>::Params&, Stream);
-template const char* launch_weights_delta<bf16>(const BackwardWeights<bf16>::Params&, Stream);
+template const char* launch_delta<bf16>(const BackwardDelta<bf16>::Params&, Stream);
 template const char* launch_bias<bf16>(const BackwardBias<bf16>::Params&, Stream);
 
 }  // namespace attn::cuda

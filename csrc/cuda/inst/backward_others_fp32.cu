@@ -3,7 +3,7 @@
 namespace attn::cuda {
 
 template const char* launch_rows<float>(const BackwardRows<float>::Params&, Stream);
-template const char* launch_weights_delta<float>(const BackwardWeights<float>::Params&, Stream);
+template const char* launch_delta<float>(const BackwardDelta<float>::Params&, Stream);
 template const char* launch_bias<float>(const BackwardBias<float>::Params&, Stream);
 
 }  // namespace attn::cuda
