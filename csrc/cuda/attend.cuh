@@ -24,13 +24,6 @@ struct AttendShape {
   static_assert(kSmem <= 99 * 1024, "what every GPU since sm_80 has");
 };
 
-// One tensor of keys or values: where it is, and how wide.
-template <class Source>
-struct KeyStream {
-  Source rows;
-  int width, access;  // bytes
-};
-
 template <class Shape>
 struct Attend {
   using T = typename Shape::Element;
@@ -57,15 +50,15 @@ struct Attend {
   }
 
   // Q is under way when this is called, its group not closed, and all copies have arrived when it returns.
-  // finish(k0, partial, s): products to scores; drop(k0, s): dropout.
-  template <class Source, class Tiles, class Finish, class Drop>
-  ATTN_DEV void run(const KeyStream<Source>& k, const KeyStream<Source>& v, int keys, const Tiles& tiles,
+  // keys(to, k0), values(to, k0): start the copy of a tile; finish(k0, partial, s): products to scores;
+  // dropped(k0, s): dropout.
+  template <class Tiles, class Keys, class Values, class Finish, class Drop>
+  ATTN_DEV void run(const Tiles& tiles, const Keys& keys, const Values& values,
                     const Exponent<Shape::kExact>& exponent, const Finish& finish, const Drop& dropped) {
-    constexpr int kThreads = Shape::kThreads;
     auto tile = tiles.first();
-    if (tiles.has(tile)) copy_tile<KeyTile, kThreads>(place(0), k.rows, tile.k0, keys, k.width, k.access);
+    if (tiles.has(tile)) keys(place(0), tile.k0);
     cp_async_commit();
-    if (tiles.has(tile)) copy_tile<KeyTile, kThreads>(place(1), v.rows, tile.k0, keys, v.width, v.access);
+    if (tiles.has(tile)) values(place(1), tile.k0);
     cp_async_commit();
     int at = 0;
     while (tiles.has(tile)) {
@@ -73,8 +66,7 @@ struct Attend {
       cp_async_wait<1>();  // K
       sync_threads();
       const int free = at == 0 ? 2 : at - 1;
-      if (tiles.has(next))
-        copy_tile<KeyTile, kThreads>(place(free), k.rows, next.k0, keys, k.width, k.access);
+      if (tiles.has(next)) keys(place(free), next.k0);
       cp_async_commit();
       float s[kM][kN][4];
       clear(s);
@@ -84,7 +76,7 @@ struct Attend {
       dropped(tile.k0 + key, s);
       cp_async_wait<1>();  // V
       sync_threads();
-      if (tiles.has(next)) copy_tile<KeyTile, kThreads>(place(at), v.rows, next.k0, keys, v.width, v.access);
+      if (tiles.has(next)) values(place(at), next.k0);
       cp_async_commit();
       multiply_columns<KeyTile>(out, s, place(at == 2 ? 0 : at + 1), key);
       at = free;

@@ -30,6 +30,7 @@ struct Call {
   uint32_t threshold;    // a probability is kept where its word is at least this
   int left, right;       // sides of the band, kFar where unbounded
   bool banded, drops, drops_all;
+  int group;  // heads of q that share one of k and v
   int q_access, k_access, v_access, out_access;
   int section;  // heads (of all sequences) whose keys and values stay in the L2 cache together
 };
@@ -58,6 +59,7 @@ inline Call call_of(const Problem& p) {
   constexpr int64_t kCache = 16 << 20;  // bytes of L2 that keys and values may take
   const int64_t pair = p.S * (p.D + p.Dv) * (p.dtype == Dtype::f32 ? 4 : 2),
                 group = p.Hkv > 0 ? p.Hq / p.Hkv : 1;
+  c.group = static_cast<int>(group);
   const int64_t heads = kCache / (pair > 0 ? pair : 1) * group;
   c.section = static_cast<int>(heads < group ? group : heads < kFar ? heads : kFar);
   return c;

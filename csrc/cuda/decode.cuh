@@ -70,16 +70,14 @@ struct DecodeKernel {
     return kv_head * static_cast<int>(c.d.Hq / c.d.Hkv) + (first_row + row) / static_cast<int>(c.d.L);
   }
 
-  ATTN_DEV KeyStream<CacheRows> cache(const Rows& r, int64_t dim, int access) const {
+  ATTN_DEV CacheRows cache(const Rows& r) const {
     const Decode& d = c.d;
     const int64_t size = sizeof(T);
     const char* base = static_cast<const char*>(r.data) + size * kv_head * r.head;
     const int32_t* pages = d.block_table ? d.block_table + b * d.pages : nullptr;
     if (!pages) base += size * b * r.batch;
-    return {{base, pages, size * r.batch, size * r.row, static_cast<int>(d.slots),
-             static_cast<int>(d.blocks) - 1},
-            static_cast<int>(dim * size),
-            access};
+    return {
+        base, pages, size * r.batch, size * r.row, static_cast<int>(d.slots), static_cast<int>(d.blocks) - 1};
   }
 
   ATTN_DEV void attend() const {
@@ -112,8 +110,14 @@ struct DecodeKernel {
       const bool sloped = d.alibi_slopes && first_row + row < rows;
       slopes[half] = sloped ? ldg(d.alibi_slopes + b * d.Hq + head(row)) : 0.f;
     }
+    const CacheRows k = cache(d.k), v = cache(d.v);
+    const auto copy = [&](uint32_t to, const CacheRows& from, int k0, int64_t dim, int access) {
+      copy_tile<typename Shape::KeyTile, kThreads>(to, from, k0, last, static_cast<int>(dim * sizeof(T)),
+                                                   access);
+    };
     a.run(
-        cache(d.k, d.D, c.k_access), cache(d.v, d.Dv, c.v_access), last, tiles, Exponent<true>{kLog2eFloat},
+        tiles, [&](uint32_t to, int k0) { copy(to, k, k0, d.D, c.k_access); },
+        [&](uint32_t to, int k0) { copy(to, v, k0, d.Dv, c.v_access); }, Exponent<true>{kLog2eFloat},
         [&](int k0, bool partial, auto& s) { finish(mask, at, slopes, off, k0, partial, s); },
         [](int, auto&) {});
     merge(a);

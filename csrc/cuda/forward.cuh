@@ -5,37 +5,44 @@
 
 namespace attn::cuda {
 
-// Tiles by what fits the registers without spills: two blocks of rows per warp halve what is read of shared
-// memory.
+// Keys of a tile: as many as leave no register spilled, and room in shared memory for a second block.
+constexpr int forward_keys(bool is_float, bool heavy, int dim) {
+  if (is_float) return dim > (heavy ? 64 : 128) ? 16 : dim > 64 ? 32 : 64;
+  if (dim > (heavy ? 64 : 128)) return 32;
+  return heavy ? 64 : 48;
+}
+
+// Two blocks of rows per warp, where the registers hold them, halve what is read of shared memory.
 template <class T, int kDim, bool kHeavy>
 struct ForwardShapes {
-  static constexpr bool kFloat = std::is_same_v<T, float>;
-  static constexpr int kWarps = kFloat && kDim > 128 ? 2 : 4;
-  static constexpr int kM = kFloat || kHeavy || kDim > 128 ? 1 : 2;
-  static constexpr int kKeys = kFloat                       ? (kDim > 128  ? 16
-                                                               : kDim > 64 ? 32
-                                                                           : 64)
-                               : kDim > (kHeavy ? 64 : 128) ? 32
-                                                            : 64;
-  using Shape = AttendShape<T, kDim, kWarps, 1, kM, kKeys, kHeavy ? kEverything : kBandOnly>;
+  static constexpr bool kFloat = std::is_same_v<T, float>, kDouble = !kFloat && !kHeavy && kDim <= 128;
+  static constexpr int kWarps = kFloat && kDim > 128 ? 2 : 4, kKeys = forward_keys(kFloat, kHeavy, kDim);
+  static constexpr int kMinBlocks = kDouble && kDim <= 64 ? 3 : 2;
+  using Shape = AttendShape<T, kDim, kWarps, 1, kDouble ? 2 : 1, kKeys, kHeavy ? kEverything : kBandOnly>;
 };
 
 template <class T, int kDim, bool kHeavy>
 struct Forward {
-  using Shape = typename ForwardShapes<T, kDim, kHeavy>::Shape;
+  using Shapes = ForwardShapes<T, kDim, kHeavy>;
+  using Shape = typename Shapes::Shape;
   using Params = Call;
-  static constexpr int kThreads = Shape::kThreads, kSmem = Shape::kSmem, kMinBlocks = 2, kRows = Shape::kRows;
+  static constexpr int kThreads = Shape::kThreads, kSmem = Shape::kSmem, kMinBlocks = Shapes::kMinBlocks,
+                       kRows = Shape::kRows;
 
   ATTN_DEV static void run(const Call& c) {
     const Problem& p = c.p;
     const QueryTile<kRows> t(c, static_cast<int>(bid_x()));
     if (!t.exists) return;
     const Sequence& s = t.s;
-    const int size = sizeof(T), kv_head = t.head / static_cast<int>(p.Hq / (p.Hkv > 0 ? p.Hkv : 1));
-    const KeyStream<GlobalRows> k{global_rows<T>(p.k, s.batch, kv_head, s.k_first),
-                                  static_cast<int>(p.D) * size, c.k_access};
-    const KeyStream<GlobalRows> v{global_rows<T>(p.v, s.batch, kv_head, s.k_first),
-                                  static_cast<int>(p.Dv) * size, c.v_access};
+    const int size = sizeof(T), kv_head = t.head / c.group;
+    const auto copy = [&](uint32_t to, const Rows& rows, int k0, int64_t dim, int access) {
+      // Where the rows of a head begin is not kept in registers, of which there are none to spare.
+      const GlobalRows from = global_rows<T>(rows, s.batch, static_cast<int>(anew(kv_head)), s.k_first);
+      copy_tile<typename Shape::KeyTile, kThreads>(to, from, k0, s.keys, static_cast<int>(dim) * size,
+                                                   access);
+    };
+    const auto keys = [&](uint32_t to, int k0) { copy(to, p.k, k0, p.D, c.k_access); };
+    const auto values = [&](uint32_t to, int k0) { copy(to, p.v, k0, p.Dv, c.v_access); };
     const Mask mask(c, s, kHeavy);
     const KeyTiles<Shape::kTileKeys, kHeavy> tiles(mask, t.q0, kRows, 0, s.keys);
     Attend<Shape> a;
@@ -47,7 +54,7 @@ struct Forward {
       const DensePart dense(p, s, t.head);
       const Dropout dropout(c, s, t.head);
       a.run(
-          k, v, s.keys, tiles, Exponent<true>{kLog2eFloat},
+          tiles, keys, values, Exponent<true>{kLog2eFloat},
           [&](int k0, bool partial, auto& x) {
             finish_scores<kEverything>(extras, dense, mask, partial, q0, k0, a.piece(), x);
           },
@@ -56,13 +63,13 @@ struct Forward {
           });
     } else {
       a.run(
-          k, v, s.keys, tiles, Exponent<Shape::kExact>{c.unit},
+          tiles, keys, values, Exponent<Shape::kExact>{c.unit},
           [&](int k0, bool partial, auto& x) {
             if (partial) hide_band(mask, q0, k0, x);
           },
           [](int, auto&) {});
     }
-    write(c, t, a);
+    write(c, QueryTile<kRows>(c, static_cast<int>(anew(bid_x()))), a);
   }
 
  private:

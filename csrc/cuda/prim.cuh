@@ -15,6 +15,7 @@
 //   across a warp sync_warp sync_threads                 barriers of a warp and of the block ex2 lg2 rcp
 //   approximate, subnormals are 0 tanh                                   to a few units in the last place
 //   pack2<T> unpack2<T> to_float from_float<T> to_tf32 mul_hi_u32
+//   anew                                   x, not known to be x: what is computed from it is not kept from before
 //   launch<Kernel>(params, grid, stream)   host side; "" or what went wrong
 //
 // Every function of a warp or of the block is called by all of its threads, on one source line. Kernels hold

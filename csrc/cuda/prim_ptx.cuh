@@ -205,6 +205,10 @@ ATTN_DEV uint32_t to_tf32(float v) {
   return r;
 }
 ATTN_DEV uint32_t mul_hi_u32(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+ATTN_DEV uint32_t anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)

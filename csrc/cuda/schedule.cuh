@@ -38,7 +38,7 @@ struct BlockTile {
     const int tiles = static_cast<int>(tiles_of_head<kRows, kOfKeys>(p));
     const int heads = static_cast<int>(kOfKeys ? p.Hkv : p.Hq),
               pairs = p.N > 0 ? heads : heads * static_cast<int>(p.B);
-    const int wanted = kOfKeys ? c.section / static_cast<int>(p.Hq / p.Hkv) : c.section;
+    const int wanted = kOfKeys ? c.section / c.group : c.section;
     const int section = least(wanted, pairs), sections_before = x / (section * tiles);
     const int in = x % (section * tiles), count = least(section, pairs - sections_before * section);
     const int pair = sections_before * section + in % count;

@@ -26,6 +26,13 @@ struct Tile {
     const int swizzled = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
     return base + static_cast<uint32_t>(row * kRowBytes + swizzled * 16);
   }
+  // From the address of one of the first two chunks of a row to that of the chunk `chunks`, an even number,
+  // on: by exchanging bits, which costs no register that lasts.
+  ATTN_DEV static uint32_t on(uint32_t start, int chunks) {
+    constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
+    return (start ^ static_cast<uint32_t>(chunks % kGroup * 16)) +
+           static_cast<uint32_t>(chunks / kGroup * kGroup * 16);
+  }
 };
 
 // Rows of a tensor in global memory.
@@ -173,15 +180,17 @@ ATTN_DEV void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, int a_row, uint
   using T = typename TileA::Element;
   static_assert(kN % 2 == 0 && TileA::kChunks == TileB::kChunks);
   const int x = static_cast<int>(lane() & 7), which = static_cast<int>(lane() >> 3);
+  const uint32_t from_a = TileA::at(a, a_row + (which & 1) * 8 + x, which >> 1);
+  const uint32_t from_b = TileB::at(b, b_row + (which >> 1) * 8 + x, which & 1);
   ATTN_UNROLL for (int k = 0; k < TileA::kChunks; k += 2) {
     uint32_t raw[4];
     Left<T> left[kM];
     ATTN_UNROLL for (int m = 0; m < kM; ++m) {
-      ldmatrix_x4(raw, TileA::at(a, a_row + m * 16 + (which & 1) * 8 + x, k + (which >> 1)));
+      ldmatrix_x4(raw, TileA::on(from_a, k) + static_cast<uint32_t>(m * 16 * TileA::kRowBytes));
       left[m].set(raw);
     }
     ATTN_UNROLL for (int n = 0; n < kN; n += 2) {
-      ldmatrix_x4(raw, TileB::at(b, b_row + n * 8 + (which >> 1) * 8 + x, k + (which & 1)));
+      ldmatrix_x4(raw, TileB::on(from_b, k) + static_cast<uint32_t>(n * 8 * TileB::kRowBytes));
       const Right<T> b0(raw[0]), b1(raw[1]), b2(raw[2]), b3(raw[3]);
       ATTN_UNROLL for (int m = 0; m < kM; ++m) {
         left[m].multiply(acc[m][n], b0, b1);
@@ -192,14 +201,16 @@ ATTN_DEV void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, int a_row, uint
 }
 
 // acc[i][d] += sum over j of p[i][j] b[b_row + j][d]: p is an accumulator of kN * 8 columns, d goes over the
-// columns of the tile from first_dim on.
+// columns of the tile.
 template <class TileB, int kM, int kN, int kD>
-ATTN_DEV void multiply_columns(float (&acc)[kM][kD][4], const float (&p)[kM][kN][4], uint32_t b, int b_row,
-                               int first_dim = 0) {
+ATTN_DEV void multiply_columns(float (&acc)[kM][kD][4], const float (&p)[kM][kN][4], uint32_t b, int b_row) {
   using T = typename TileB::Element;
   if constexpr (std::is_same_v<T, float>) {
     // Key 2t stands for column t of the left operand, key 2t + 1 for column t + 4: so p is in place.
     const int t = static_cast<int>(lane() & 3), g = static_cast<int>(lane() >> 2);
+    const uint32_t in_chunk = static_cast<uint32_t>(g % 4) * 4;
+    const uint32_t even = TileB::at(b, b_row + 2 * t, g / 4) + in_chunk;
+    const uint32_t odd = TileB::at(b, b_row + 2 * t + 1, g / 4) + in_chunk;
     ATTN_UNROLL for (int n = 0; n < kN; ++n) {
       Left<T> left[kM];
       ATTN_UNROLL for (int m = 0; m < kM; ++m) {
@@ -208,16 +219,16 @@ ATTN_DEV void multiply_columns(float (&acc)[kM][kD][4], const float (&p)[kM][kN]
         left[m].set(raw);
       }
       ATTN_UNROLL for (int d = 0; d < kD; ++d) {
-        const int row = b_row + n * 8 + 2 * t, col = first_dim + d * 8 + g;
-        const uint32_t in_chunk = static_cast<uint32_t>(col % 4) * 4;
-        const Split b0(lds<uint32_t>(TileB::at(b, row, col / 4) + in_chunk));
-        const Split b1(lds<uint32_t>(TileB::at(b, row + 1, col / 4) + in_chunk));
+        const uint32_t down = static_cast<uint32_t>(n * 8 * TileB::kRowBytes);
+        const Split b0(lds<uint32_t>(TileB::on(even, 2 * d) + down)),
+            b1(lds<uint32_t>(TileB::on(odd, 2 * d) + down));
         ATTN_UNROLL for (int m = 0; m < kM; ++m) left[m].multiply(acc[m][d], b0, b1);
       }
     }
   } else {
     static_assert(kN % 2 == 0 && kD % 2 == 0);
     const int x = static_cast<int>(lane() & 7), which = static_cast<int>(lane() >> 3);
+    const uint32_t from_b = TileB::at(b, b_row + (which & 1) * 8 + x, which >> 1);
     ATTN_UNROLL for (int n = 0; n < kN; n += 2) {
       Left<T> left[kM];
       ATTN_UNROLL for (int m = 0; m < kM; ++m) {
@@ -228,8 +239,7 @@ ATTN_DEV void multiply_columns(float (&acc)[kM][kD][4], const float (&p)[kM][kN]
       }
       ATTN_UNROLL for (int d = 0; d < kD; d += 2) {
         uint32_t raw[4];
-        ldmatrix_x4_trans(
-            raw, TileB::at(b, b_row + n * 8 + (which & 1) * 8 + x, first_dim / 8 + d + (which >> 1)));
+        ldmatrix_x4_trans(raw, TileB::on(from_b, d) + static_cast<uint32_t>(n * 8 * TileB::kRowBytes));
         ATTN_UNROLL for (int m = 0; m < kM; ++m) {
           left[m].multiply(acc[m][d], raw[0], raw[1]);
           left[m].multiply(acc[m][d + 1], raw[2], raw[3]);

@@ -54,7 +54,7 @@ struct WeightsKernel {
 
   ATTN_DEV void copy(int i) const {
     const Call& c = x.c;
-    const int h = head + i, kv_head = h / static_cast<int>(c.p.Hq / c.p.Hkv);
+    const int h = head + i, kv_head = h / c.group;
     const int width = static_cast<int>(c.p.D) * static_cast<int>(sizeof(T));
     copy_tile<QTile, kThreads>(stage(i), global_rows<T>(c.p.q, s.batch, h, 0), q0, s.queries, width,
                                c.q_access);

@@ -113,6 +113,7 @@ void unpack2(uint32_t v, float& low, float& high) {
 }
 ATTN_DEV uint32_t to_tf32(float v) { return emu::float_to_tf32(v); }
 ATTN_DEV uint32_t mul_hi_u32(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+ATTN_DEV uint32_t anew(uint32_t x) { return x; }
 
 // The whole grid, before it returns. The message lasts until the next launch.
 template <class Kernel>
