@@ -66,10 +66,9 @@ def library(folder: Path, edits: Sequence[Edit], units: Sequence[Unit], flavour:
     is that of the units and of the emulator. Raises build.BuildError where the change does not compile."""
     inst = copied(folder, edits) / "cuda" / "inst"
     inst.mkdir()
-    sources = [inst / f"{i}_{unit.file}" for i, unit in enumerate(units)]
-    for source, unit in zip(sources, units, strict=True):
-        source.write_text(unit.text())
-    first = build.objects(sources, folder / flavour, flavour)
+    source = inst / "units.cu"  # one file: what they include costs more than they do
+    source.write_text("".join(unit.text() for unit in units))
+    first = build.objects([source], folder / flavour, flavour)
     rest = build.emulator_objects(flavour) + build.kernel_objects("plain")
     return build.link_library([*first, *rest], folder / flavour / build.LIBRARY, flavour)
 
