@@ -4,26 +4,30 @@
 //   nvcc                prim_ptx.cuh                  inline PTX, sm_80 and later
 //   g++ -DATTN_HOST     tests/cuda_host/prim_host.h   calls into an emulator of a block
 //
-//   tid lane bid_x bid_y bid_z             position of the thread, and of its block
-//   smem_base                              shared memory, as a 32-bit address aligned to 128 bytes
-//   lds<T> sts<T>                          shared load and store, T of 1, 2, 4, 8 or 16 bytes
-//   ldg<T> stg<T>                          global load (of what this launch does not write) and store
-//   cp_async_4 cp_async_8 cp_async_16      (to, from, valid_bytes): the rest of the bytes arrive as 0
-//   cp_async_commit cp_async_wait<N>       close a group; wait until at most N groups are under way
-//   ldmatrix_x4 ldmatrix_x4_trans          four 8x8 matrices of 16-bit elements, row i of matrix j from lane
-//   8j+i mma_m16n8k16<T> mma_m16n8k8_tf32       d += a b, accumulated in float shfl_xor shfl_idx vote_any
-//   across a warp sync_warp sync_threads                 barriers of a warp and of the block ex2 lg2 rcp
-//   approximate, subnormals are 0 tanh                                   to a few units in the last place
+//   tid lane bid_x bid_y bid_z            position of the thread, and of its block
+//   smem_base                             shared memory, as a 32-bit address aligned to 128 bytes
+//   lds<T> sts<T>                         shared load and store, T of 1, 2, 4, 8 or 16 bytes
+//   ldg<T> stg<T>                         global load (of what this launch does not write), and store
+//   cp_async_4 cp_async_8 cp_async_16     (to, from, valid_bytes): the rest of the bytes arrive as 0
+//   cp_async_commit cp_async_wait<N>      close a group; wait until at most N groups are under way
+//   ldmatrix_x4 ldmatrix_x4_trans         four 8x8 matrices; lane 8 j + i gives row i of matrix j
+//   mma_m16n8k16<T> mma_m16n8k8_tf32      d += a b, accumulated in float
+//   shfl_xor shfl_idx vote_any            across a warp
+//   sync_warp sync_threads                barriers of a warp and of the block
+//   ex2 lg2 rcp                           approximate, subnormals are 0
+//   tanh                                  to a few units in the last place
 //   pack2<T> unpack2<T> to_float from_float<T> to_tf32 mul_hi_u32
-//   anew                                   x, not known to be x: what is computed from it is not kept from before
-//   launch<Kernel>(params, grid, stream)   host side; "" or what went wrong
+//   anew                                  x, not known to be x: nothing made of it is kept from before
+//   launch<Kernel>(params, grid, stream)  host side; "" or what went wrong
 //
 // Every function of a warp or of the block is called by all of its threads, on one source line. Kernels hold
 // no pointer into shared memory, and no __shared__ array. A kernel is
 //   struct Kernel {
-//     struct Params { ... };                              // plain data, at most 4 KB
-//     static constexpr int kThreads, kSmem, kMinBlocks;   // a block's threads and shared bytes; blocks
-//     wanted on an SM ATTN_DEV static void run(const Params&);
+//     struct Params { ... };            // plain data, at most 4 KB
+//     static constexpr int kThreads;    // of a block
+//     static constexpr int kSmem;       // bytes of shared memory
+//     static constexpr int kMinBlocks;  // that an SM is to hold
+//     ATTN_DEV static void run(const Params&);
 //   };
 #pragma once
 #include <cstdint>
