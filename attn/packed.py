@@ -183,12 +183,13 @@ def decode_attention(
         scale=scale_of(scale, D),
         softcap=0.0 if softcap is None else softcap_of(softcap),
     )
-    chosen = planner.choose(_decode_spec(x), backend)
+    chosen = planner.choose(decode_spec(x), backend)
     out, lse = ops.decode(*x, chosen.name)
     return (out, lse) if return_lse else out
 
 
-def _decode_spec(x: DecodeOperands) -> AttentionSpec:
+def decode_spec(x: DecodeOperands) -> AttentionSpec:
+    """The static description of a decoding step."""
     device = x.q.device
     return AttentionSpec(
         op="decode",

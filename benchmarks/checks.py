@@ -93,7 +93,7 @@ def _sampled(x: Operands, rows: Tensor) -> Operands:
     if bias is not None and bias.shape[2] > 1:
         bias = bias[:, :, rows]
     if x.alibi_slopes is not None:
-        slope = -masks.distances(x, L, S)[:, :, rows] * x.alibi_slopes[:, :, None, None]
+        slope = -masks.distances(x, L, S)[:, :, rows] * x.alibi_slopes.double()[:, :, None, None]
         bias = slope if bias is None else bias + slope
     if seen is not None and seen.shape[2] > 1:
         seen = seen[:, :, rows]

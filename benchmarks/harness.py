@@ -18,7 +18,7 @@ from torch import Tensor
 from attn.benchmarks import checks, modules, problem
 from attn.benchmarks.peers import Contender, contenders
 from attn.benchmarks.timer import Run, Timer
-from attn.benchmarks.work import CALLS, Work, cost_of_call, cost_of_module
+from attn.benchmarks.work import CALLS, Cost, Work, cost_of_call, cost_of_module
 from attn.spec import DecodeOperands
 
 SETTLED, WARM_UPS = 0.1, 5
@@ -83,25 +83,42 @@ class Who:
     peers: tuple[str, ...] = ()
 
 
-def measure(work: Work, timer: Timer, seconds: float, who: Who = Who()) -> Result:
-    """Check and time everyone; `seconds` is for the rounds alone."""
-    if work.kind in CALLS:
-        x = work.operands()
-        case, cost = work.case, cost_of_call(work, x)
-        p = problem.problem(case, x)
-        found, absent = contenders(p, who.backends, who.peers)
-        expected = checks.expected(case, x)
-        d_out = None if isinstance(x, DecodeOperands) or not case.has_gradients else case.gradients(x)[0]
-        runs = {c.name: _run(work, c.call, p.leaves, d_out) for c in found}
-        rows = race(found, runs, lambda c: _worst_of_call(c, p, expected), timer, seconds)
-    else:
-        m, cost = modules.problem(work), cost_of_module(work)
-        found, absent = m.contenders(), {}
-        wanted = modules.ModuleExpected(m)
+EVERYONE = Who()
+
+
+@dataclass
+class Lineup:
+    """A work, ready: who takes part, how each is checked and what of it is sampled, and who is absent and why."""
+
+    contenders: list[Contender]
+    runs: dict[str, Callable[[], Run]]
+    check: Check
+    cost: Cost
+    absent: dict[str, str]
+
+
+def lineup(work: Work, who: Who = EVERYONE) -> Lineup:
+    """Data, contenders and exact results of a work."""
+    if work.kind not in CALLS:
+        m = modules.problem(work)
+        found, wanted = m.contenders(), modules.ModuleExpected(m)
         of = {c.name: m.ours if c.ours else m.stock for c in found}
         runs = {c.name: _run(work, c.call, m.leaves(of[c.name]), m.d_out) for c in found}
-        rows = race(found, runs, lambda c: wanted.worst(of[c.name]), timer, seconds)
-    return Result(work, cost.flops, cost.bytes, rows, absent)
+        return Lineup(found, runs, lambda c: wanted.worst(of[c.name]), cost_of_module(work), {})
+    case, x = work.case, work.operands()
+    p = problem.problem(case, x)
+    found, absent = contenders(p, who.backends, who.peers)
+    expected = checks.expected(case, x)
+    d_out = None if isinstance(x, DecodeOperands) or not case.has_gradients else case.gradients(x)[0]
+    runs = {c.name: _run(work, c.call, p.leaves, d_out) for c in found}
+    return Lineup(found, runs, lambda c: _worst_of_call(c, p, expected), cost_of_call(work, x), absent)
+
+
+def measure(work: Work, timer: Timer, seconds: float, who: Who = EVERYONE) -> Result:
+    """Check and time everyone; `seconds` is for the rounds alone."""
+    ready = lineup(work, who)
+    rows = race(ready.contenders, ready.runs, ready.check, timer, seconds)
+    return Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
 
 
 def race(
@@ -136,7 +153,7 @@ def race(
 
 
 def _warm_up(timer: Timer, run: Run) -> None:
-    before = math.inf
+    before = 0.0
     for _ in range(WARM_UPS):
         now = timer.sample(run)
         if abs(now - before) <= SETTLED * before:

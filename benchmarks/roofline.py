@@ -10,9 +10,9 @@ import torch
 from attn.benchmarks.timer import Run, Timer
 from attn.benchmarks.work import Cost
 
-SIDES = {"cpu": (128, 1024), "cuda": (1024, 8192)}
-"""Of the matrices: the first one, and the last if the ones before it did not take long."""
-LONG_MS = 20.0
+SIDE, FIRST_SIDE = {"cpu": 1024, "cuda": 8192}, 128
+SLOW_MS = 50.0
+"""A product of 16-bit matrices on a CPU that took so long is the last: without such products one takes seconds."""
 COPIED = {"cpu": 64 << 20, "cuda": 1 << 30}
 SAMPLES = 5
 
@@ -47,9 +47,11 @@ def measure(timer: Timer, device: str, dtypes: set[str]) -> Roofline:
 
 
 def _products(timer: Timer, device: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of the best size. Sizes double: a processor without 16-bit products takes seconds for large ones."""
-    best, (side, last), ms = 0.0, SIDES[device], 0.0
-    while side <= last and ms < LONG_MS:
+    """GFLOP/s of the best size."""
+    last = SIDE[device]
+    side = FIRST_SIDE if device == "cpu" and dtype.itemsize == 2 else last
+    best = ms = 0.0
+    while side <= last and ms < SLOW_MS:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         ms = _best_ms(timer, timer.prepared(functools.partial(torch.mm, a, b, out=out)))

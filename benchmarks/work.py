@@ -23,6 +23,7 @@ from attn.testing import Case, data
 CALLS, MODULES = ("attention", "varlen", "decode"), ("module", "layer")
 PASSES = ("forward", "backward", "both")
 WEIGHTS = ("", "mean")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MASKS: dict[str, dict[str, Any]] = {  # what each changes in the spec and the case
     "full": {},
     "causal": {"band": "start", "causal": True, "right": 0},
@@ -62,12 +63,10 @@ class Work:
     line: str = ""
 
     def __post_init__(self) -> None:
-        known = {"kind": CALLS + MODULES, "what": PASSES, "mask": tuple(MASKS), "weights": WEIGHTS}
+        known = {"kind": CALLS + MODULES, "what": PASSES, "dtype": DTYPES, "mask": tuple(MASKS), "weights": WEIGHTS}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(v or repr(v) for v in values)}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {self.dtype!r}; give float32, bfloat16, float16 or float64")
         if min(self.B, self.H, self.L, self.D, self.layers) < 1 or min(self.Hkv, self.S) < 0:
             raise ValueError(f"sizes of {self} must be positive")
         if self.Hkv and self.H % self.Hkv:

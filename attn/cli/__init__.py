@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "swap the module into two models, train them on real text, compare losses, time and memory",
     "verify": "every backend against the reference on this machine, a table; a case line replays one case",
     "bench": "speed and memory beside PyTorch's kernels and installed libraries, each checked before it is timed",
+    "profile": "where the time of a call or of a function goes: trace, kernels, roofline, the command for ncu",
     "explain": "which backend runs a call, given as a line, and why each other one does not",
 }
 

@@ -30,10 +30,12 @@ def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
 class _Lines:
     def __init__(self, title: str, steps: int) -> None:
         self.title, self.steps, self.done = title, steps, 0
-        self.last = time.monotonic()
+        self.start = self.last = time.monotonic()
 
     def advance(self, words: str) -> None:
         self.done += 1
         if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
-            print(f"{self.title}: step {self.done} of {self.steps}, {words}", file=sys.stderr, flush=True)
+            left = (self.last - self.start) / self.done * (self.steps - self.done)
+            where = f"step {self.done} of {self.steps}, about {left:.0f} s left"
+            print(f"{self.title}: {where}, {words}", file=sys.stderr, flush=True)
