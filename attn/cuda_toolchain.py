@@ -234,7 +234,7 @@ def compile_command(toolkit: Toolkit, compiler: Compiler, source: Path, object_:
     """The command that makes an object, and beside it `object.d` with the files it read."""
     host = ["/EHsc", "/MD", "/utf-8"] if compiler.kind == "msvc" else ["-fPIC", "-fvisibility=hidden"]
     # A launcher before the compiler, such as ccache, is none of nvcc's. ptxas tells what benchmarks/cuda_sass.py reads.
-    own = ["-std=c++17", "-O3", "-Xptxas=-v", *target.flags()]
+    own = ["-std=c++17", "-O3", "--compress-mode=size", "-Xptxas=-v", *target.flags()]
     own += ["-ccbin", compiler.command[-1], "-Xcompiler", ",".join(host)]
     depends = ["-MD", "-MF", f"{object_}.d"]
     return [*toolchain.launcher(), toolkit.nvcc, *own, *depends, "-c", str(source), "-o", str(object_)]

@@ -35,6 +35,6 @@ def build(tree: Path, sets: Sequence[str], **variables: str) -> None:
     """Build the library of a copied tree with these instruction sets alone (each takes a minute or more)."""
     replace(tree / "setup.py", "toolchain.available_sets(compiler)", repr(list(sets)))
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    env = os.environ | {"ATTN_CPP": "1"} | variables
+    env = os.environ | {"ATTN_CPP": "1", "ATTN_CUDA": "0"} | variables
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
