@@ -97,9 +97,9 @@ struct Residual {
   float m, inverse;
 
   ATTN_DEV Residual(float m_, float l) : m(l == 0.f ? 0.f : m_), inverse(l == 0.f ? 0.f : 1.f / l) {}
-  // Hidden scores, -infinity, give 0 whatever NaN the row holds.
+  // Hidden scores, -infinity, give 0 whatever NaN the row holds, and so do dead rows whatever the score.
   ATTN_DEV float probability(float s) const {
-    return s == -INFINITY ? 0.f : ex2((s - m) * kLog2eFloat) * inverse;
+    return s == -INFINITY || inverse == 0.f ? 0.f : ex2((s - m) * kLog2eFloat) * inverse;
   }
 };
 
