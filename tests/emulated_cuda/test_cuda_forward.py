@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_maxima_that_grow_from_tile_to_tile(dtype: torch.dtype, softcap: float) 
         out, m, l = CUDA.forward(x)
         exact = oracle(x)
         assert_verdicts(judge_residuals(exact, m, l))
-        assert_close(out, exact["out"].value.to(dtype))
+        assert_forward(exact, out, reference.lse_of(m, l))
 
 
 HOSTILE: dict[str, dict[str, object]] = {
@@ -215,10 +216,12 @@ def test_hostile_values_are_clamped(name: str, softcap: float) -> None:
 def test_hostile_sequences_stay_inside_their_tensors(cu: tuple[int, ...]) -> None:
     """The emulator stops at the first access outside a tensor; rows of two sequences, or of none, are its to report."""
     x = call(cu_seqlens_q=int32(*cu), cu_seqlens_k=int32(*cu), right=0, end=True)
+    said = "GlobalGap"
     try:
         CUDA.forward(x)
     except RuntimeError as error:
-        assert "GlobalRace" in str(error) or "GlobalGap" in str(error)
+        said = str(error)
+    assert re.search("GlobalRace|GlobalGap", said)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
