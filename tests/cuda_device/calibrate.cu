@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "../../csrc/cuda/prim.cuh"
+#if !defined(__CUDACC__)
+#include "../cuda_host/emulator/emulator.h"
+#endif
 
 using namespace attn::cuda::prim;
 

@@ -1,10 +1,9 @@
 // The primitives as calls into the emulator, each with the place in the kernel it comes from.
 #pragma once
 #include <cmath>
-#include <string>
 #include <type_traits>
 
-#include "emulator/emulator.h"
+#include "emulator/device.h"
 #include "emulator/numbers.h"
 
 // Only as default arguments themselves do the builtins mean the caller's line.
@@ -118,13 +117,10 @@ ATTN_DEV uint32_t anew(uint32_t x) { return x; }
 // The whole grid, before it returns. The message lasts until the next launch.
 template <class Kernel>
 const char* launch(const typename Kernel::Params& params, Grid grid, void*) {
-  static_assert(sizeof(typename Kernel::Params) <= 4096 &&
-                std::is_trivially_copyable_v<typename Kernel::Params>);
-  static std::string message;
-  message = emu::launch({grid.x, grid.y, grid.z}, Kernel::kThreads, Kernel::kSmem, [&] {
-              Kernel::run(params);
-            }).message;
-  return message.c_str();
+  using Params = typename Kernel::Params;
+  static_assert(sizeof(Params) <= 4096 && std::is_trivially_copyable_v<Params>);
+  const auto kernel = [](const void* p) { Kernel::run(*static_cast<const Params*>(p)); };
+  return emu::run({grid.x, grid.y, grid.z}, Kernel::kThreads, Kernel::kSmem, kernel, &params);
 }
 
 }  // namespace attn::cuda::prim

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <vector>
 
+#include "emulator/emulator.h"
 #include "product_kernel.cuh"
 
 namespace {

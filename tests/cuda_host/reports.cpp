@@ -3,6 +3,7 @@
 #include <set>
 
 #include "../../csrc/cuda/prim.cuh"
+#include "emulator/emulator.h"
 
 using namespace attn::cuda::prim;
 using emu::Access;

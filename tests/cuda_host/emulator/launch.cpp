@@ -90,4 +90,10 @@ Report launch(Dim3 grid, int threads, int smem_bytes, const std::function<void()
   return machine.report;
 }
 
+const char* run(Dim3 grid, int threads, int smem_bytes, void (*kernel)(const void*), const void* params) {
+  static std::string message;
+  message = launch(grid, threads, smem_bytes, [=] { kernel(params); }).message;
+  return message.c_str();
+}
+
 }  // namespace emu
