@@ -53,8 +53,9 @@ def test_steps_of_other_layers(positions: str, pages: dict[str, int], options: d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_steps_in_other_dtypes(dtype: torch.dtype) -> None:
-    assert_cached(gpt("rotary").to(dtype), torch.randint(V, (N, L)), CUTS[0], block_size=4)
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "relative"])
+def test_steps_in_other_dtypes(dtype: torch.dtype, positions: str) -> None:
+    assert_cached(gpt(positions).to(dtype), torch.randint(V, (N, L)), CUTS[0], block_size=4)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "alibi", "relative"])

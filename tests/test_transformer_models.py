@@ -64,6 +64,18 @@ def test_a_gpt_learns_a_text() -> None:
     assert torch.equal(model.eval().generate(text[:, :4], 20), text)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_compiled_model_is_one_graph(positions: str) -> None:
+    model, tokens = gpt(positions=positions), torch.randint(V, (N, L))
+    compiled = torch.compile(model, fullgraph=True)
+    for run in (torch.no_grad, torch.enable_grad):
+        with run():
+            assert_close(compiled(tokens), model(tokens))
+    compiled(tokens).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_padding_does_not_reach_bert() -> None:
     model, tokens = tf.BERT(V, CONFIG, 2, max_len=L).eval(), torch.randint(V, (N, L))
     padding = torch.arange(L) >= torch.tensor([[L], [2]])

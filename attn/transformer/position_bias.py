@@ -30,7 +30,8 @@ class Alibi(nn.Module):
 
     def forward(self, queries: Tensor, keys: int) -> Tensor:
         """The bias (1 or N, nhead, L, keys) of queries at positions (L,) or (N, L), for keys at 0 .. keys - 1."""
-        return -self.slopes[:, None, None] * _distances(queries, keys).abs()[:, None]
+        slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))  # 16 bits hold few distances
+        return -slopes[:, None, None] * _distances(queries, keys).abs()[:, None]
 
     def extra_repr(self) -> str:
         """The number of heads."""
