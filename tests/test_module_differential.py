@@ -2,7 +2,7 @@
 
 Both run on the same parameters and inputs, and PyTorch's once more in float64; outputs, weights and every gradient
 are compared, and where PyTorch raises, ours raises the same type. `ATTN_TEST_BACKEND=name` runs one forced backend;
-configurations that it refuses are counted, not compared.
+configurations that it refuses are counted by its reason, not compared. `ATTN_TEST_SEEDS=begin:end` runs those seeds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ CONFIGURATIONS = 1000
 FORCED_CONFIGURATIONS = 300
 """For a backend that is forced: the same ones, from the start."""
 
+SEEDS = os.environ.get("ATTN_TEST_SEEDS", "")
 REFUSED = "was asked for and cannot run this call"
 FORCED = os.environ.get("ATTN_TEST_BACKEND")
 
@@ -41,6 +42,12 @@ def backends() -> list[str]:
         return [FORCED]
     here = attn.available_backends()
     return ["", *(name for name in ("cpu", "sdpa", "reference") if name in here)]
+
+
+def seeds(backend: str) -> range:
+    """Those that this run takes."""
+    begin, _, end = SEEDS.partition(":")
+    return range(int(begin or 0), int(end or (FORCED_CONFIGURATIONS if backend else CONFIGURATIONS)))
 
 
 Results = dict[str, Tensor | None]
@@ -108,7 +115,8 @@ class Tally(Counter[str]):
                 "mismatches",
             )
         ]
-        return f"differential [{backend or 'planner'}]: {', '.join(words)}; served by {served}"
+        why = [f"\n  {n} times: {k.removeprefix('because ')}" for k, n in self.items() if k.startswith("because ")]
+        return f"differential [{backend or 'planner'}]: {', '.join(words)}; served by {served}{''.join(why)}"
 
 
 def as_stock_runs_it(c: Config) -> Config:
@@ -126,8 +134,8 @@ def exact_and_stock(c: Config, stock: nn.MultiheadAttention, call: Call, theirs:
     with fast_path(False):
         exact = results_of(double(stock), c, call.copied(torch.float64))
         # What cancels is of the size of the largest result; where all of it cancels, PyTorch may be exact by luck.
-        sizes = [float(t.detach().abs().nan_to_num().max()) for t in exact.values() if t is not None and t.numel()]
-        largest = max(sizes, default=0.0)
+        finite = [t.detach()[t.isfinite()].abs() for t in exact.values() if t is not None]
+        largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
         eps = torch.finfo(torch.float64).eps
         if c.dtype != torch.float64:
             noise = torch.finfo(c.dtype).eps * largest
@@ -157,6 +165,7 @@ def compare(c: Config, backend: str, tally: Tally) -> None:
         tally[f"by {name}"] += 1
     if isinstance(got, Exception) and REFUSED in str(got):
         tally["refused"] += 1
+        tally["because " + str(got).split(REFUSED, 1)[-1].lstrip(": ").split(". The call", 1)[0]] += 1
     elif isinstance(theirs, Exception) and raises_in_stock_only(c):
         tally["only PyTorch raises"] += 1
         tally["unsupported"] += isinstance(got, Exception)
@@ -197,7 +206,7 @@ def test_random_configurations(backend: str, capsys: pytest.CaptureFixture[str])
     tally = Tally()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the deprecation of mixed mask types has its own test
-        for seed in range(FORCED_CONFIGURATIONS if backend else CONFIGURATIONS):
+        for seed in seeds(backend):
             c = draw(seed)
             try:
                 compare(c, backend, tally)
@@ -208,4 +217,4 @@ def test_random_configurations(backend: str, capsys: pytest.CaptureFixture[str])
         print("\n" + tally.report(backend))
     assert not tally.wrong, f"{len(tally.wrong)} mismatches\n" + "\n".join(tally.wrong[:8])
     assert tally["unsupported"] == 0
-    assert backend or tally["compared"] + tally["errors alike"] >= 500
+    assert backend or SEEDS or tally["compared"] + tally["errors alike"] >= 500

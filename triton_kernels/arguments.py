@@ -117,6 +117,11 @@ def tf32() -> bool:
     return bool((torch.backends.fp32_precision if wish == "none" else wish) == "tf32")
 
 
+def math_of(dtype: torch.dtype) -> str:
+    """How matrices of this dtype are multiplied: "16", "tf32" or "ieee"."""
+    return "16" if dtype.itemsize == 2 else "tf32" if tf32() else "ieee"
+
+
 def power_of_two(n: int, least: int = 16) -> int:
     """The next power of two; matrix products need 16."""
     return max(least, 1 << (n - 1).bit_length())
@@ -147,7 +152,7 @@ def flags_of(x: Operands, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Fla
         ALIGN=common & -common or 1,  # its largest power of two; a multiple of 16 needs no help
         EXACT=exact,
         FOLDED=not exact and x.alibi_slopes is None and x.softcap == 0 and x.scale > 0,
-        PRECISION="tf32" if q.dtype == torch.float32 and tf32() else "ieee",
+        PRECISION="tf32" if math_of(q.dtype) == "tf32" else "ieee",
     )
 
 
@@ -165,7 +170,7 @@ class Tiles:
     def __init__(self, flags: Flags, t: Tensor, direct: bool) -> None:
         self.flags, self.direct, self.device = flags, direct, t.device
         self.dim = max(flags.D, flags.DV)
-        self.itemsize = t.element_size()
+        self.math = math_of(t.dtype)
         self.arch = arch_of(t.device.type, t.device.index)
         dense = flags.KEEP or flags.BIAS or flags.D_WEIGHTS or flags.DOCUMENTS
         heavy = dense or flags.ALIBI or flags.SOFTCAP or flags.DROPOUT
@@ -173,25 +178,26 @@ class Tiles:
         self.load = config.HEAVY if heavy else config.LENGTHS if lengths else config.LIGHT
 
     def streaming(self, *tensors: Tensor) -> Tiles:
-        """For kernels that stream these tensors: by descriptors where the GPU has and the strides allow them."""
-        if not (config.descriptors(self.arch) and all(map(_describable, tensors))):
+        """For kernels that stream these tensors: by descriptors where the GPU has and the strides allow them. Products
+        without tensor cores read the swizzled tiles of descriptors element by element, so they take pointers."""
+        if self.math == "ieee" or not (config.descriptors(self.arch) and all(map(_describable, tensors))):
             return self
         return Tiles(self.flags._replace(TMA=True), tensors[0], self.direct)
 
     def one_pass(self) -> bool:
         """Whether dQ may be added up by atomics in the kernel that makes dK and dV."""
-        return config.one_pass(self.arch, self.dim, self.itemsize, self.load)
+        return config.one_pass(self.arch, self.dim, self.math, self.load)
 
     def entry(self, name: str, fn: Any, flags: Flags | None = None, **constants: Any) -> tuple[Entry, config.Tile]:
         """The kernel of one pass with its tile."""
-        t = config.tile(self.arch, name, self.dim, self.itemsize, self.load)
+        t = config.tile(self.arch, name, self.dim, self.math, self.load)
         return self.with_tile(t, fn, flags or self.flags, **constants), t
 
     def with_tile(self, t: config.Tile, fn: Any, flags: Flags, **constants: Any) -> Entry:
         """The kernel with a given tile."""
         named = {"F": flags, **constants, "T": t}
         options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-        if t.registers:
+        if t.registers and not self.arch.startswith("gfx"):  # Triton has no such option there
             options["maxnreg"] = t.registers
         return Entry(fn, {n: named[n] for n in fn.arg_names if n in named}, options, self.direct)
 

@@ -48,7 +48,9 @@ LIGHT, LENGTHS, HEAVY = 0, 1, 2
 
 # (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles; a negative bucket is
 # for head dims that are no multiple of 16, whose loads are narrower and take more registers for their addresses.
-_16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
+# Family "ieee" is float32 without tensor cores, alike on every GPU: two stages even where nothing is loaded ahead, as
+# ptxas then leaves the rows that a block keeps in shared memory instead of holding all of them in registers.
+_TILES: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("sm_90", "forward"): {
         64: (Tile(128, 128, 8, 2, 128), Tile(128, 64, 8)),
         128: (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8)),
@@ -79,6 +81,20 @@ _16_BIT: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("small", "dk"): {256: Tile(32, 64, 8, 1)},
     ("small", "dv"): {256: Tile(32, 64, 8)},
     ("small", "queries"): {64: Tile(128, 32, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8, 1)},
+    ("ieee", "forward"): {
+        64: (Tile(64, 32, 8, 2, 128), Tile(64, 32, 8)),
+        128: Tile(32, 32, 8),
+        -128: (Tile(32, 16, 8, 2, 128), Tile(32, 16, 8)),
+        256: Tile(16, 32, 8, 1),
+    },
+    ("ieee", "keys"): {64: Tile(32, 32, 8), 128: Tile(16, 16, 8)},
+    ("ieee", "dk"): {256: Tile(16, 16, 8)},
+    ("ieee", "dv"): {256: Tile(16, 16, 8)},
+    ("ieee", "queries"): {
+        64: Tile(64, 32, 8),
+        128: (Tile(32, 32, 8, 2, 128), Tile(32, 32, 8)),
+        256: Tile(16, 32, 8, 1),
+    },
     ("gfx942", "forward"): {64: Tile(128, 64, 4), 128: Tile(128, 64, 8), 256: Tile(64, 32, 4)},
     ("gfx942", "keys"): {64: Tile(64, 64, 4), 128: Tile(32, 64, 4)},
     ("gfx942", "dk"): {256: Tile(32, 64, 4)},
@@ -113,26 +129,28 @@ TUNED: dict[str, Tile] = {}
 """What ATTN_AUTOTUNE=1 found (tune.py), by `tuned_key`."""
 
 
-def tuned_key(arch: str, name: str, dim: int, itemsize: int, load: int) -> str:
+def tuned_key(arch: str, name: str, dim: int, math: str, load: int) -> str:
     """What a tuned tile is good for."""
-    return f"triton {triton.__version__} {arch} {name} {bucket(dim)} {itemsize} {load}"
+    return f"triton {triton.__version__} {arch} {name} {bucket(dim)} {math} {load}"
 
 
-def tile(arch: str, name: str, dim: int, itemsize: int, load: int) -> Tile:
-    """The tile of one pass; `dim` is the larger head_dim."""
-    tuned = TUNED.get(tuned_key(arch, name, dim, itemsize, load))
+def tile(arch: str, name: str, dim: int, math: str, load: int) -> Tile:
+    """The tile of one pass; `dim` is the larger head_dim, `math` how matrices are multiplied: "16", "tf32", "ieee"."""
+    tuned = TUNED.get(tuned_key(arch, name, dim, math, load))
     if tuned is not None:
         return tuned
     family = FAMILY.get(arch, "small")
     if family == "interpreter":
         return _INTERPRETER._replace(rows=64) if name == "delta" else _INTERPRETER
-    if itemsize == 4 and name != "delta":
+    if math == "ieee" and ("ieee", name) in _TILES:
+        family = "ieee"
+    elif math != "16" and name != "delta":
         return (_FLOAT32_DECODE if name == "decode" else _FLOAT32)[bucket(dim)]
     if name == "bias" and bucket(dim) == 256:
         return _WIDE_BIAS
     if name in _COMMON:
         return _COMMON[name]
-    found = _16_BIT.get((family, name)) or _16_BIT[family, "keys"]
+    found = _TILES.get((family, name)) or _TILES[family, "keys"]
     at = found.get(-bucket(dim) if dim % 16 else 0) or found[bucket(dim)]
     return at if isinstance(at, Tile) else at[load * (len(at) - 1) // 2]
 
@@ -141,11 +159,11 @@ ONE_PASS = os.environ.get("ATTN_TRITON_ONE_PASS", "0") not in ("", "0")
 """Whether the single-pass backward, not deterministic, is taken where it can be: opt-in until it has been timed."""
 
 
-def one_pass(arch: str, dim: int, itemsize: int, load: int) -> bool:
+def one_pass(arch: str, dim: int, math: str, load: int) -> bool:
     """Whether the backward with dQ by atomics is wanted, and compiles without spills there."""
-    if not ONE_PASS or load or itemsize != 2:
+    if not ONE_PASS or load or math != "16":
         return False
-    return bucket(dim) in _16_BIT.get((FAMILY.get(arch, "small"), "one_pass"), ())
+    return bucket(dim) in _TILES.get((FAMILY.get(arch, "small"), "one_pass"), ())
 
 
 def descriptors(arch: str) -> bool:

@@ -277,7 +277,7 @@ class _DecodePlan:
     def __init__(self, x: Operands, capacity: int, pages: tuple[int, int, int], direct: bool) -> None:
         (B, H, L, _), Hk = x.q.shape, x.k.shape[1]
         tiles = Tiles(flags_of(x, x.q, x.k, x.v), x.q, direct)
-        tile = config.tile(tiles.arch, "decode", tiles.dim, tiles.itemsize, tiles.load)
+        tile = config.tile(tiles.arch, "decode", tiles.dim, tiles.math, tiles.load)
         packed = H // Hk * L
         tile = tile._replace(rows=min(64, max(tile.rows, power_of_two(packed))))
         blocks = ceil(packed, tile.rows)

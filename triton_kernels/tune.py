@@ -35,14 +35,14 @@ def tune(tiles: Tiles, names: Iterable[str], run: Callable[[], object]) -> None:
     if not _state["loaded"]:
         config.TUNED.update(_read())
         _state["loaded"] = True
-    keys = {name: config.tuned_key(tiles.arch, name, tiles.dim, tiles.itemsize, tiles.load) for name in names}
+    keys = {name: config.tuned_key(tiles.arch, name, tiles.dim, tiles.math, tiles.load) for name in names}
     missing = {name: key for name, key in keys.items() if key not in config.TUNED}
     if not missing:
         return
     _state["busy"] = True
     try:
         for name, key in missing.items():
-            start = config.tile(tiles.arch, name, tiles.dim, tiles.itemsize, tiles.load)
+            start = config.tile(tiles.arch, name, tiles.dim, tiles.math, tiles.load)
             timed = [(_seconds(key, t, run, tiles.device), t) for t in neighbours(start)]
             config.TUNED[key] = min(timed)[1]
     finally:

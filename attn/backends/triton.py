@@ -107,8 +107,8 @@ class TritonBackend(Backend):
 
     def tile(self, spec: AttentionSpec) -> tuple[int, int]:
         """(queries, keys) of the forward tile."""
-        from attn.triton_kernels import config
+        from attn.triton_kernels import arguments, config
 
         size = max(spec.head_dim, spec.value_dim)
-        t = config.tile(spec.arch, "forward", size, spec.dtype.itemsize, config.LIGHT)
+        t = config.tile(spec.arch, "forward", size, arguments.math_of(spec.dtype), config.LIGHT)
         return t.rows, t.keys
