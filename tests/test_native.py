@@ -44,6 +44,24 @@ def test_random_cases_on_every_instruction_set(isa: str, part: int) -> None:
 
 
 @loaded
+@pytest.mark.parametrize("isa", native.usable())
+def test_tiles_of_queries_that_go_over_the_keys_together(isa: str) -> None:
+    """Long calls, in which a unit of work is several tiles: how many depends on the threads, and no bit on that."""
+    drawn = cases(6, 73, ops=("attention", "varlen"), sizes=(200, 330))
+    before = torch.get_num_threads()
+    try:
+        with native.use_isa(isa):
+            for case in drawn:
+                assert_case(case, "cpu")
+                many = run_case(case, "cpu").out
+                torch.set_num_threads(9)
+                assert same_bits(many, run_case(case, "cpu").out), str(case)
+                torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
+
+
+@loaded
 def test_portable_runs_everywhere() -> None:
     assert "portable" in native.usable()
 

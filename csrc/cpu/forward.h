@@ -1,8 +1,8 @@
 // Forward: out, m, l and, where asked for, the weights in the same pass.
 //
-// A unit of work is one tile of up to 64 queries of one head (of all heads in order, where their weights are
-// averaged), computed whole by one thread over the keys in order: the same bits whatever the number of
-// threads.
+// A tile is up to 64 queries of one head (of all heads in order, where their weights are averaged), computed
+// whole by one thread over the keys in order: the same bits whatever the number of threads. A unit of work is
+// a few tiles, which go over the keys together: what has to be copied or converted of them is so once.
 #pragma once
 #include "band.h"
 #include "softmax.h"
@@ -12,23 +12,38 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-struct ForwardSpace {
-  Cell *packed, *k, *v, *p;  // p: probabilities as cells
-  Real *s, *out, *bias;
+constexpr int64_t kForwardTiles = 4;           // of a unit, at most
+constexpr int64_t kForwardBytes = 144 * 1024;  // of their queries and sums: they stay in the second cache
+constexpr int64_t kUnitsPerThread = 8;         // enough for threads to end together
+
+// One tile of queries of a unit.
+struct ForwardTile {
+  Cell* packed;
+  Real* out;
   Rows64* rows;
+  int64_t q0, size, live;  // `size` rows, of which those from `live` on are dead
+  Range keys;
+  bool first;  // nothing visible was met yet
+};
+
+struct ForwardSpace {
+  ForwardTile tiles[kForwardTiles];
+  Cell *k, *v, *p;  // p: probabilities as cells
+  Real* s;
   uint64_t *seen, *kept;
   WeightSpace weights;
 
-  ForwardSpace(Carver& c, const Problem* p, bool keeps_weights, bool average) {
+  ForwardSpace(Carver& c, const Problem* p, int64_t together, bool keeps_weights, bool average) {
     const int64_t wide_v = round_up(p->Dv, kWidth);
-    rows = c.take<Rows64>(1);
-    packed = c.take<Cell>(packed_size(p->D));
-    out = c.take<Real>(wide_v * kQueries);
+    for (int64_t i = 0; i < together; ++i) {
+      tiles[i].rows = c.take<Rows64>(1);
+      tiles[i].packed = c.take<Cell>(packed_size(p->D));
+      tiles[i].out = c.take<Real>(wide_v * kQueries);
+    }
     const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
     k = c.take<Cell>(narrow ? round_up(cells(p->D), kWidth) * kMaxKeys : 0);
     v = c.take<Cell>(cells(kMaxKeys) * wide_v);
     this->p = c.take<Cell>(kPerCell > 1 ? cells(kMaxKeys) * kQueries : 0);
-    bias = c.take<Real>(p->bias.data ? kMaxKeys * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
     weights = WeightSpace(c, p->S, keeps_weights, average);
@@ -36,103 +51,153 @@ struct ForwardSpace {
   }
 };
 
+// Tiles per unit. No bit depends on it.
+ATTN_INLINE int64_t forward_together(const Problem& p, const Weights* weights) {
+  if (weights || p.keep.data) return 1;  // the rows of several tiles of a mask meet in few sets of a cache
+  const int64_t each = (cells(p.D) + p.Dv) * kQueries * static_cast<int64_t>(sizeof(Real)) +
+                       static_cast<int64_t>(sizeof(Rows64));
+  const int64_t units = kUnitsPerThread * thread_count();
+  return clamp(least(kForwardBytes / each, query_tiles(p) * p.Hq / units), 1, kForwardTiles);
+}
+
 template <class T>
 struct Forward {
   const Problem& p;
   const Weights* weights;
+  const int64_t together;
 
-  // The live queries [q0, q0 + nq) of one head: leaves out (not yet divided), m and l in the space.
-  void tile(const Sequence& s, int64_t head, int64_t q0, int64_t nq, const Dropout& dropout,
-            ForwardSpace& w) const {
+  // `n` tiles of one head: leaves out (not yet divided), m and l in them.
+  void attend(const Sequence& s, int64_t head, const Dropout& dropout, int64_t n, ForwardSpace& w) const {
     const Mask mask(p, s, head);
     const Extras extras(p, s, head);
-    const int64_t stride = round_up(p.Dv, kWidth);
     const T* k = rows_at<T>(p.k, s.batch, head / (p.Hq / p.Hkv), s.k_first);
     const T* v = rows_at<T>(p.v, s.batch, head / (p.Hq / p.Hkv), s.k_first);
-    w.rows->reset();
+    Range all{s.keys, 0};
+    for (int64_t i = 0; i < n; ++i) {
+      ForwardTile& t = w.tiles[i];
+      t.rows->reset();
+      t.first = true;
+      t.keys = t.live > 0 ? mask.keys(t.q0, t.live) : Range{0, 0};
+      if (t.keys.begin < t.keys.end) all = {least(all.begin, t.keys.begin), most(all.end, t.keys.end)};
+    }
     w.weights.tiles = 0;
-    bool first = true;
-    const Range range = mask.keys(q0, nq);
     const int64_t step = mask.tile_keys();
-    for (int64_t k0 = range.begin / step * step; k0 < range.end; k0 += step) {
-      const int64_t nk = least(step, range.end - k0);
-      const Visible visible = classify(mask, q0, nq, k0, nk, w.seen);
-      if (visible == kEmpty) continue;
-      if (first) {
-        Ahead(rows_at<T>(p.out, s.batch, head, s.q_first + q0), p.out.row, p.Dv).fetch(0, nq);
-        pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + q0), p.q.row, nq, p.D, query_scale(p),
-                     w.packed);
+    for (int64_t k0 = all.begin / step * step; k0 < all.end; k0 += step) {
+      const int64_t count = least(step, all.end - k0);
+      Operand left{}, right{};  // of these keys, made by the first tile that needs them
+      for (int64_t i = 0; i < n; ++i) {
+        ForwardTile& t = w.tiles[i];
+        const int64_t nk = least(step, t.keys.end - k0), nq = t.live;
+        if (nk <= 0) continue;
+        const Visible visible = classify(mask, t.q0, nq, k0, nk, w.seen);
+        if (visible == kEmpty) continue;
+        const uint64_t* seen = visible == kPartial ? w.seen : nullptr;
+        if (t.first) read_queries(s, head, t);
+        if (!left.data) left = left_operand(k + k0 * p.k.row, p.k.row, count, p.D, w.k);
+        Real* scores = weights ? w.s + k0 * kQueries : w.s;
+        score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
+                   right.data ? Ahead() : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
+        soften(t, nk, seen, scores);
+        if (dropout.on) {
+          dropout_tile(dropout, t.q0, nq, k0, nk, w.kept);
+          seen = both(seen, nk, w.kept);
+          drop(seen, dropout.inverse, nq, nk, scores);
+        }
+        if (weights) w.weights.remember(k0, nk, seen, t.rows->m);
+        if (!right.data) right = right_operand(v + k0 * p.v.row, p.v.row, count, p.Dv, w.v);
+        add_to_queries(mask, t.q0, nq, k0, nk, columns_of(scores, nq, nk, w.p), right, p.Dv, t.out, t.first);
+        t.first = false;
       }
-      const uint64_t* seen = visible == kPartial ? w.seen : nullptr;
-      Real* scores = weights ? w.s + k0 * kQueries : w.s;
-      score_tile(extras, left_operand(k + k0 * p.k.row, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, nq, k0, nk,
-                 seen, w.bias, scores, nullptr, Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
-      w.rows->reset_maxima(nq);
-      raise_maxima(scores, nq, nk, w.rows->maxima);
-      if (w.rows->move(nq) && !first) shrink(w, nq, stride);
-      exponentials(seen, nq, nk, w.rows->m, w.rows->l, scores);
-      if (dropout.on) {
-        dropout_tile(dropout, q0, nq, k0, nk, w.kept);
-        seen = both(seen, nk, w.kept);
-        drop(seen, dropout.inverse, nq, nk, scores);
-      }
-      if (weights) w.weights.remember(k0, nk, seen, w.rows->m);
-      add_to_queries(mask, q0, nq, k0, nk, columns_of(scores, nq, nk, w.p),
-                     right_operand(v + k0 * p.v.row, p.v.row, nk, p.Dv, w.v), p.Dv, w.out, first);
-      first = false;
     }
   }
 
-  // `rows` rows from q0 on, of which those from s.queries on are dead.
-  void run(const Sequence& s, int64_t head, int64_t q0, int64_t rows, ForwardSpace& w) const {
-    const int64_t live = clamp(s.queries - q0, 0, rows);
-    const Dropout dropout(p, s, head);
-    if (live > 0) tile(s, head, q0, live, dropout, w);
-    T* out = rows_at<T>(p.out, s.batch, head, s.q_first + q0);
-    const int64_t at = (s.batch * p.Hq + head) * p.L + s.q_first + q0;
+  void read_queries(const Sequence& s, int64_t head, ForwardTile& t) const {
+    Ahead(rows_at<T>(p.out, s.batch, head, s.q_first + t.q0), p.out.row, p.Dv).fetch(0, t.live);
+    pack_columns(rows_at<T>(p.q, s.batch, head, s.q_first + t.q0), p.q.row, t.live, p.D, query_scale(p),
+                 t.packed);
+  }
+
+  // Scores to exponentials, and what was summed up before to their shift.
+  void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real* scores) const {
+    t.rows->reset_maxima(t.live);
+    raise_maxima(scores, t.live, nk, t.rows->maxima);
+    if (t.rows->move(t.live) && !t.first) shrink(t, round_up(p.Dv, kWidth));
+    exponentials(seen, t.live, nk, t.rows->m, t.rows->l, scores);
+  }
+
+  void run(const Sequence& s, int64_t head, int64_t n, ForwardSpace& w) const {
+    attend(s, head, Dropout(p, s, head), n, w);
+    for (int64_t i = 0; i < n; ++i) write(s, head, w.tiles[i]);
+    const ForwardTile& t = w.tiles[0];
+    if (weights) w.weights.template finish<T>(p, *weights, s, head, t.q0, t.live, t.size, *t.rows);
+  }
+
+  void write(const Sequence& s, int64_t head, const ForwardTile& t) const {
+    T* out = rows_at<T>(p.out, s.batch, head, s.q_first + t.q0);
+    const int64_t at = (s.batch * p.Hq + head) * p.L + s.q_first + t.q0;
     Real* m = p.m ? static_cast<Real*>(p.m) + at : nullptr;
     Real* l = p.l ? static_cast<Real*>(p.l) + at : nullptr;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Real total = i < live ? w.rows->l[i] : 0;
+    for (int64_t i = 0; i < t.size; ++i) {
+      const Real total = i < t.live ? t.rows->l[i] : 0;
       if (total == 0)
         zero_row(p.Dv, out + i * p.out.row);
       else
-        write_row(w.out + i * round_up(p.Dv, kWidth), 1 / total, p.Dv, out + i * p.out.row);
-      if (m) m[i] = total == 0 ? -kInfinity : w.rows->m[i];
+        write_row(t.out + i * round_up(p.Dv, kWidth), 1 / total, p.Dv, out + i * p.out.row);
+      if (m) m[i] = total == 0 ? -kInfinity : t.rows->m[i];
       if (l) l[i] = total;
     }
-    if (weights) w.weights.template finish<T>(p, *weights, s, head, q0, live, rows, *w.rows);
   }
 
-  static void shrink(ForwardSpace& w, int64_t nq, int64_t stride) {
-    for (int64_t i = 0; i < nq; ++i) {
-      if (w.rows->factor[i] == 1) continue;
-      const Vec f = set(w.rows->factor[i]);
-      Real* row = w.out + i * stride;
+  static void shrink(ForwardTile& t, int64_t stride) {
+    for (int64_t i = 0; i < t.live; ++i) {
+      if (t.rows->factor[i] == 1) continue;
+      const Vec f = set(t.rows->factor[i]);
+      Real* row = t.out + i * stride;
       for (int64_t d = 0; d < stride; d += kWidth) store(row + d, mul(load(row + d), f));
     }
   }
 
+  // Tiles of one sequence and head go together.
   static void unit(void* context, int64_t i) {
     const auto& f = *static_cast<const Forward*>(context);
-    const bool all_heads = f.weights && f.weights->average;
-    const QueryTile t(f.p, i, all_heads ? 1 : f.p.Hq);
-    if (t.rows == 0) return;
-    const Sequence s(f.p, t.sequence);
-    ForwardSpace w = carve<ForwardSpace>(&f.p, f.weights != nullptr, all_heads);
-    if (all_heads) w.weights.clear(f.p.S);
-    const int64_t last = all_heads ? f.p.Hq : t.head + 1;
-    for (int64_t head = t.head; head < last; ++head) f.run(s, head, t.q0, t.rows, w);
-    if (all_heads) w.weights.template write_mean<T>(f.p, *f.weights, s, t.q0, t.rows);
+    const int64_t heads = f.heads(), last = least((i + 1) * f.together, query_tiles(f.p) * heads);
+    ForwardSpace w =
+        carve<ForwardSpace>(&f.p, f.together, f.weights != nullptr, f.weights && f.weights->average);
+    int64_t n = 0;
+    for (int64_t at = i * f.together; at < last; ++at) {
+      const QueryTile t(f.p, at, heads);
+      if (t.rows > 0) {
+        const int64_t live = clamp(Sequence(f.p, t.sequence).queries - t.q0, 0, t.rows);
+        ForwardTile& to = w.tiles[n++];
+        to.q0 = t.q0;
+        to.size = t.rows;
+        to.live = live;
+      }
+      const bool ends = at + 1 == last || !QueryTile(f.p, at + 1, heads).beside(t);
+      if (n == 0 || !ends) continue;
+      f.all_of(Sequence(f.p, t.sequence), t.head, n, w);
+      n = 0;
+    }
+  }
+
+  // Heads that are told apart by units.
+  int64_t heads() const { return weights && weights->average ? 1 : p.Hq; }
+
+  void all_of(const Sequence& s, int64_t head, int64_t n, ForwardSpace& w) const {
+    if (!(weights && weights->average)) return run(s, head, n, w);
+    const ForwardTile& t = w.tiles[0];
+    w.weights.clear(p.S);
+    for (int64_t h = 0; h < p.Hq; ++h) run(s, h, n, w);
+    w.weights.template write_mean<T>(p, *weights, s, t.q0, t.size);
   }
 };
 
 template <class T>
 void forward_of(const Problem& p, const Weights* weights) {
-  Forward<T> f{p, weights};
-  const int64_t heads = weights && weights->average ? 1 : p.Hq;
+  Forward<T> f{p, weights, forward_together(p, weights)};
   zero_rest<T>(p);
-  run_units(query_tiles(p) * heads, multiplications(p), Forward<T>::unit, &f);
+  const int64_t tiles = query_tiles(p) * f.heads();
+  run_units((tiles + f.together - 1) / f.together, multiplications(p), Forward<T>::unit, &f);
 }
 
 }  // namespace

@@ -49,8 +49,8 @@ struct GradientSpace {
   Cell *left_k, *left_v;  // of a tile, where these are no left operands
   uint8_t* copied;        // per tile of keys
   int64_t key_tiles;
-  Real *p, *ds, *d_cap, *added;  // [key][query]; `added`: a bias, or what comes from the weights
-  Cell* cells_of_tile;           // p or ds
+  Real *p, *ds, *d_cap, *d_weights;  // [key][query]
+  Cell* cells_of_tile;               // p or ds
   uint64_t *seen, *kept;
 
   template <class T>
@@ -68,7 +68,7 @@ struct GradientSpace {
     p = c.take<Real>(tile);
     ds = c.take<Real>(tile);
     d_cap = c.take<Real>(problem.softcap > 0 ? tile : 0);
-    added = c.take<Real>(problem.bias.data || b.d_weights.data ? tile : 0);
+    d_weights = c.take<Real>(b.d_weights.data ? tile : 0);
     cells_of_tile = c.take<Cell>(kOneForm ? 0 : cells(tile));
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
@@ -127,9 +127,9 @@ ATTN_NOINLINE void times_cap(const uint64_t* seen, int64_t nq, int64_t nk, const
     }
 }
 
-// to[query] += the sum over keys of p[key][query] other[key][query] factor, hidden pairs left out.
+// to[query] += the sum over keys of p[key][query] other[key][query], hidden pairs left out.
 ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, const Real* p,
-                                const Real* other, Real factor, Real* to) {
+                                const Real* other, Real* to) {
   for (int64_t c = 0; c < nq; c += kWidth) {
     Vec total = zero();
     for (int64_t j = 0; j < nk; ++j) {
@@ -137,7 +137,7 @@ ATTN_NOINLINE void add_products(const uint64_t* seen, int64_t nq, int64_t nk, co
       if (seen) x = select(lanes_of(seen[j] >> c & bits_between(0, kWidth)), x, zero());
       total = add(total, x);
     }
-    store(to + c, fma(total, set(factor), load(to + c)));
+    store(to + c, add(total, load(to + c)));
   }
 }
 
@@ -233,8 +233,9 @@ struct GradientTile {
       scores(nullptr);
       differentiate(seen, nk, *of, w.p, nullptr);
       if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.p);
-      read_weights();
-      add_products(seen, of->nq, nk, w.p, w.added, share(), of->delta);
+      zero_row(nk * kQueries, w.d_weights);
+      add_weights(w.d_weights);
+      add_products(seen, of->nq, nk, w.p, w.d_weights, of->delta);
     }
   }
 
@@ -257,11 +258,11 @@ struct GradientTile {
   void gradient() {
     scores(p.softcap > 0 ? w.d_cap : nullptr);
     score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, 1, w.ds);
-    if (b.d_weights.data) add_weights();
+    if (b.d_weights.data) add_weights(w.ds);
     if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.ds);
     if (!of->one_tile) return differentiate(seen, nk, *of, w.p, w.ds);
     differentiate(seen, nk, *of, w.p, nullptr);
-    add_products(seen, of->nq, nk, w.p, w.ds, 1, of->delta);
+    add_products(seen, of->nq, nk, w.p, w.ds, of->delta);
     subtract_delta(seen, nk, *of, w.p, w.ds);
   }
 
@@ -310,26 +311,18 @@ struct GradientTile {
   }
 
   void scores(Real* d_cap) {
-    score_tile(extras, k, p.D, of->packed_q, of->q0, of->nq, k0, nk, seen, w.added, w.p, d_cap);
+    score_tile(extras, k, p.D, of->packed_q, of->q0, of->nq, k0, nk, seen, w.p, d_cap);
     if (dropout.on) dropout_tile(dropout, of->q0, of->nq, k0, nk, w.kept);
   }
 
   Real share() const { return b.average ? 1 / static_cast<Real>(p.Hq) : 1; }
 
-  void read_weights() {
+  // Adds the gradient of this head's weights.
+  void add_weights(Real* to) {
     const Dense& d = b.d_weights;
     const T* at =
         static_cast<const T*>(d.data) + s.batch * d.batch + head * d.head + of->q0 * d.row + k0 * d.col;
-    read_bias(at, d.row, d.col, of->nq, nk, w.added);
-  }
-  void add_weights() {
-    read_weights();
-    const Vec factor = set(share());
-    for (int64_t j = 0; j < nk; ++j)
-      for (int64_t c = 0; c < of->nq; c += kWidth) {
-        const int64_t at = j * kQueries + c;
-        store(w.ds + at, fma(load(w.added + at), factor, load(w.ds + at)));
-      }
+    add_matrix(at, d.row, d.col, share(), of->nq, nk, to);
   }
 };
 

@@ -138,6 +138,7 @@ ATTN_INLINE void and_dense(const Mask& m, int64_t q0, int64_t nq, int64_t k0, in
   for (int64_t i = 0; i < different; ++i) {
     const uint8_t* row = at + i * m.keep_row;
     if (m.keep_col == 1 && nk == 64) {
+      ATTN_PREFETCH(row + 64);  // of the next tile: its rows lie far apart
       rows[i] = true_bytes(row);
     } else {
       uint64_t bits = 0;

@@ -12,7 +12,7 @@
 // 3. for the tiles of mask.keys(q0, nq), from a multiple of mask.tile_keys() on: classify(mask, ..., seen),
 //    which says kEmpty (next tile), kPartial or kFull (then `seen` is null in what follows)
 //
-// 4. score_tile(extras, left_operand(k rows, ...), ..., seen, bias_space, s, d_cap or null)
+// 4. score_tile(extras, left_operand(k rows, ...), ..., seen, s, d_cap or null)
 #pragma once
 #include "dropout.h"
 #include "product.h"
@@ -25,14 +25,16 @@ constexpr uint64_t kBlockBits =
 
 // The products of a tile: s[key][query] = k[key] . packed[query], times `factor` where cells are pairs.
 // Blocks in which no pair is visible are left as they are (`seen` null: all are visible). Meanwhile nk rows
-// `ahead` are fetched.
+// `ahead` and nq rows `beside` are fetched.
 ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, int64_t nq, int64_t nk,
-                                const uint64_t* seen, Real factor, Real* s, const Ahead& ahead = Ahead()) {
+                                const uint64_t* seen, Real factor, Real* s, const Ahead& ahead = Ahead(),
+                                const Ahead& beside = Ahead()) {
   const Ahead keys(k.data, k.stride, cells(width));
   for (int64_t r = 0; r < nk; r += kRows) {
     const int64_t rows = least<int64_t>(kRows, nk - r);
     keys.fetch(r + kRows, least<int64_t>(r + 2 * kRows, nk));
     ahead.fetch(r, r + rows);
+    beside.fetch(r * nq / nk, (r + rows) * nq / nk);
     uint64_t some = ~uint64_t{0};
     if (seen) {
       some = 0;
@@ -48,35 +50,59 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, in
   }
 }
 
-// The bias as it is read from one tensor of type T: buffer[key][query].
+// kWidth columns of a matrix from (row 0, column 0) of `from` on, as far as `high` rows and `wide` columns
+// go, else 0; turned.
 template <class T>
-ATTN_INLINE void read_bias(const T* at, int64_t row, int64_t col, int64_t nq, int64_t nk, Real* buffer) {
+ATTN_INLINE void read_corner(const T* from, int64_t row, int64_t col, int64_t high, int64_t wide,
+                             Vec (&t)[kWidth]) {
+  for (int64_t i = 0; i < kWidth; ++i) {
+    if (i >= high) {
+      t[i] = zero();
+    } else if (col == 1) {
+      t[i] = load_some(from + i * row, wide);
+    } else {
+      T line[kWidth] = {};
+      for (int64_t x = 0; x < least<int64_t>(wide, kWidth); ++x) line[x] = from[i * row + x * col];
+      t[i] = load(line);
+    }
+  }
+  transpose(t);
+}
+
+// s[key][query] += factor * the number at [query * row + key * col].
+template <class T>
+ATTN_INLINE void add_matrix(const T* at, int64_t row, int64_t col, Real factor, int64_t nq, int64_t nk,
+                            Real* s) {
+  const Vec times = set(factor);
   if (row == 0) {
     for (int64_t j = 0; j < nk; ++j) {
-      const Vec one = set(load_one(at + j * col));
-      for (int64_t c = 0; c < nq; c += kWidth) store(buffer + j * kQueries + c, one);
+      const Vec one = mul(set(load_one(at + j * col)), times);
+      for (int64_t c = 0; c < nq; c += kWidth)
+        store(s + j * kQueries + c, add(load(s + j * kQueries + c), one));
     }
     return;
   }
-  for (int64_t j = 0; j < nk; j += kWidth)
-    for (int64_t c = 0; c < nq; c += kWidth) {
-      Vec t[kWidth];
-      const int64_t wide = least<int64_t>(kWidth, nk - j), high = least<int64_t>(kWidth, nq - c);
-      const T* corner = at + c * row + j * col;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        if (i >= high) {
-          t[i] = zero();
-        } else if (col == 1) {
-          t[i] = load_some(corner + i * row, wide);
-        } else {
-          T line[kWidth] = {};
-          for (int64_t x = 0; x < wide; ++x) line[x] = corner[i * row + x * col];
-          t[i] = load(line);
-        }
+  for (int64_t c = 0; c < nq; c += kWidth) {
+    const T* from = at + c * row;
+    Real* to = s + c;
+    int64_t j = 0;
+    if (col == 1 && nq - c >= kWidth)
+      for (; j + kWidth <= nk; j += kWidth) {
+        Vec t[kWidth];
+        ATTN_UNROLL
+        for (int i = 0; i < kWidth; ++i) t[i] = load(from + i * row + j);
+        transpose(t);
+        ATTN_UNROLL
+        for (int i = 0; i < kWidth; ++i)
+          store(to + (j + i) * kQueries, fma(t[i], times, load(to + (j + i) * kQueries)));
       }
-      transpose(t);
-      for (int64_t i = 0; i < wide; ++i) store(buffer + (j + i) * kQueries + c, t[i]);
+    for (; j < nk; j += kWidth) {
+      Vec t[kWidth];
+      read_corner(from + j * col, row, col, nq - c, nk - j, t);
+      for (int64_t i = 0; i < least<int64_t>(kWidth, nk - j); ++i)
+        store(to + (j + i) * kQueries, fma(t[i], times, load(to + (j + i) * kQueries)));
     }
+  }
 }
 
 // What comes on top of the products, for one head of one sequence.
@@ -99,35 +125,46 @@ struct Extras {
     bias_row = p.bias.row;
     bias_col = p.bias.col;
     bias_dtype = p.bias.dtype;
-    const int64_t size = bias_dtype == Dtype::f64 ? 8 : bias_dtype == Dtype::f32 ? 4 : 2;
     bias = static_cast<const char*>(p.bias.data) +
-           size * (s.batch * p.bias.batch + head * p.bias.head + s.q_first * bias_row + s.k_first * bias_col);
+           bias_size() *
+               (s.batch * p.bias.batch + head * p.bias.head + s.q_first * bias_row + s.k_first * bias_col);
+  }
+  ATTN_INLINE int64_t bias_size() const {
+    return bias_dtype == Dtype::f64 ? 8 : bias_dtype == Dtype::f32 ? 4 : 2;
+  }
+  // The rows of the bias of a tile, which lie far apart.
+  ATTN_INLINE Ahead ahead(int64_t q0, int64_t k0, int64_t nk) const {
+    Ahead rows;
+    if (!bias || bias_row == 0 || bias_col != 1) return rows;
+    rows.data = static_cast<const char*>(bias) + bias_size() * (q0 * bias_row + k0);
+    rows.stride = bias_size() * bias_row;
+    rows.bytes = bias_size() * nk;
+    return rows;
   }
   ATTN_INLINE bool none() const { return !(softcap > 0) && !alibi && !bias; }
 };
 
-ATTN_NOINLINE void read_bias(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* buffer) {
+ATTN_NOINLINE void add_bias(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* s) {
   const int64_t at = q0 * e.bias_row + k0 * e.bias_col;
   switch (e.bias_dtype) {
     case Dtype::f32:
-      return read_bias(static_cast<const float*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+      return add_matrix(static_cast<const float*>(e.bias) + at, e.bias_row, e.bias_col, 1, nq, nk, s);
     case Dtype::bf16:
-      return read_bias(static_cast<const Bf16*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+      return add_matrix(static_cast<const Bf16*>(e.bias) + at, e.bias_row, e.bias_col, 1, nq, nk, s);
     case Dtype::f16:
-      return read_bias(static_cast<const F16*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+      return add_matrix(static_cast<const F16*>(e.bias) + at, e.bias_row, e.bias_col, 1, nq, nk, s);
     default:
-      return read_bias(static_cast<const double*>(e.bias) + at, e.bias_row, e.bias_col, nq, nk, buffer);
+      return add_matrix(static_cast<const double*>(e.bias) + at, e.bias_row, e.bias_col, 1, nq, nk, s);
   }
 }
 
-// Adds what is on top of the products. `bias_space` has room for nk rows of kQueries. `d_cap`, where given,
-// becomes the derivative of the soft cap, laid out as s (only written where there is one).
-ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
-                              Real* bias_space, Real* s, Real* d_cap) {
-  if (e.bias) read_bias(e, q0, nq, k0, nk, bias_space);
+// Adds what is on top of the products. `d_cap`, where given, becomes the derivative of the soft cap, laid out
+// as s (only written where there is one).
+ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k0, int64_t nk, Real* s,
+                              Real* d_cap) {
   const bool capped = e.softcap > 0;
   const Vec cap = set(e.softcap), uncap = set(capped ? 1 / e.softcap : 0), slope = set(e.slope), one = set(1);
-  for (int64_t j = 0; j < nk; ++j)
+  for (int64_t j = 0; j < nk && (capped || e.alibi); ++j)
     for (int64_t c = 0; c < nq; c += kWidth) {
       const int64_t at = j * kQueries + c;
       Vec x = load(s + at);
@@ -140,9 +177,9 @@ ATTN_NOINLINE void add_extras(const Extras& e, int64_t q0, int64_t nq, int64_t k
         const Vec distance = add(set(static_cast<Real>(q0 + c + e.shift - k0 - j)), iota());
         x = nfma(slope, magnitude(distance), x);
       }
-      if (e.bias) x = add(x, load(bias_space + at));
       store(s + at, x);
     }
+  if (e.bias) add_bias(e, q0, nq, k0, nk, s);
 }
 
 // -infinity where a pair is hidden.
@@ -174,10 +211,10 @@ ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxim
 
 // The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
 ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Cell* packed, int64_t q0,
-                            int64_t nq, int64_t k0, int64_t nk, const uint64_t* seen, Real* bias_space,
-                            Real* s, Real* d_cap, const Ahead& ahead = Ahead()) {
-  score_products(k, width, packed, nq, nk, seen, extras.scale, s, ahead);
-  if (!extras.none()) add_extras(extras, q0, nq, k0, nk, bias_space, s, d_cap);
+                            int64_t nq, int64_t k0, int64_t nk, const uint64_t* seen, Real* s, Real* d_cap,
+                            const Ahead& ahead = Ahead()) {
+  score_products(k, width, packed, nq, nk, seen, extras.scale, s, ahead, extras.ahead(q0, k0, nk));
+  if (!extras.none()) add_extras(extras, q0, nq, k0, nk, s, d_cap);
   if (seen) hide(seen, nq, nk, s);
 }
 

@@ -22,6 +22,8 @@ ATTN_INLINE int64_t query_tiles(const Problem& p) {
 struct QueryTile {
   int64_t sequence, head, q0, rows;
 
+  ATTN_INLINE bool beside(const QueryTile& t) const { return sequence == t.sequence && head == t.head; }
+
   // Unit i: the tiles of a head stand together, its last ones, which see most keys in causal calls, first.
   ATTN_INLINE QueryTile(const Problem& p, int64_t i, int64_t heads) {
     if (p.N > 0) {

@@ -114,7 +114,7 @@ struct WeightSpace {
 
 struct ResidualSpace {
   Cell *packed, *k;
-  Real *s, *mean, *bias;
+  Real *s, *mean;
   uint64_t *seen, *kept;
 
   ResidualSpace(Carver& c, const Problem* p) {
@@ -123,7 +123,6 @@ struct ResidualSpace {
     mean = c.take<Real>(kMaxKeys * kQueries);
     const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
     k = c.take<Cell>(narrow ? round_up(cells(p->D), kWidth) * kMaxKeys : 0);
-    bias = c.take<Real>(p->bias.data ? kMaxKeys * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
   }
@@ -155,8 +154,8 @@ struct FromResiduals {
     const Dropout dropout(p, s, head);
     const T* k = rows_at<T>(p.k, s.batch, head / (p.Hq / p.Hkv), k0);
     pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, query_scale(p), w.packed);
-    score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.bias,
-               w.s, nullptr);
+    score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.s,
+               nullptr);
     Real m[kQueries] = {}, l[kQueries] = {}, factor[kQueries] = {};
     const int64_t first = (s.batch * p.Hq + head) * p.L + q0;
     for (int64_t i = 0; i < live; ++i) {
