@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +27,7 @@ import torch
 import attn
 from attn.backends import load
 from attn.benchmarks import gpu_timing
+from attn.benchmarks.machine import clocks, machine
 from attn.spec import Operands, arch_of
 from attn.testing import assert_case, assert_verdicts, cases, laws
 
@@ -205,39 +204,6 @@ def proven(suite: Suite) -> list[str]:
             good[cell.dtype, which].append(cell.ok)
     arch = arch_of("cuda", None)
     return [f'("{suite.backend}", "{arch}", torch.{d}, "{p}"),' for (d, p), oks in sorted(good.items()) if all(oks)]
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "attn": attn.__version__,
-        "system": platform.platform(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ModuleNotFoundError:
-        found["triton"] = None
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(0)
-        found |= {"gpu": p.name, "arch": arch_of("cuda", 0), "memory": p.total_memory, "sms": p.multi_processor_count}
-    return found | {"clocks": clocks()}
-
-
-def clocks() -> str:
-    """SM clock, power and temperature as the driver tells them, or why not."""
-    asked = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", asked, "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown: {type(error).__name__}"
-    return done.stdout.strip() or "unknown"
 
 
 def main(argv: list[str] | None = None) -> int:
