@@ -1,18 +1,22 @@
-"""Where the packages come from, and the build of the compiled library; all else is in pyproject.toml.
+"""Where the packages come from, and the build of the compiled libraries; all else is in pyproject.toml.
 
 Two folders of the repository are installed under another name:
 
     triton_kernels/  ->  attn.triton_kernels      (a top-level `triton_kernels` belongs to another project)
     benchmarks/      ->  attn.benchmarks          (so that benchmarks also run from a wheel)
 
-`csrc/cpu/` becomes attn/_native_cpu.so, without torch and without Python's headers: see csrc/README.md. Environment:
+`csrc/cpu/` becomes attn/_native_cpu.so and `csrc/cuda/` attn/_native_cuda.so, without torch and without Python's
+headers: see csrc/README.md. Environment:
 
-    ATTN_CPP=auto        build it where a C++ compiler is found (the default); 1: fail without; 0: leave it out
+    ATTN_CPP=auto        build the first where a C++ compiler is found (the default); 1: fail without; 0: leave both out
+    ATTN_CUDA=auto       build the second where nvcc is found too (the default); 1: fail without; 0: leave it out;
+                         pip: with the pinned toolkit, which pip brings into the build's environment
+    ATTN_CUDA_HOME       the toolkit to build with; else CUDA_HOME, CUDA_PATH, or the nvcc on the path
+    ATTN_CUDA_ARCHS      GPU architectures, such as "80+PTX;90a;120"
     CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, ATTN_COMPILER_LAUNCHER (such as ccache)
 """
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,19 +34,14 @@ ROOT = Path(__file__).resolve().parent
 MOVED = {"attn.triton_kernels": "triton_kernels", "attn.benchmarks": "benchmarks"}
 OBJECTS = Path("build/objects")
 """Kept between builds, as pip's own folder is not; relative as all paths in commands: a copied tree keeps it."""
+LEAVES_OUT = "ATTN_CUDA=0 leaves the CUDA kernels out, ATTN_CPP=0 all that is compiled"
 BUILDS = {"build", "build_py", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 
 
-def _toolchain():
-    """attn/toolchain.py, without importing the package."""
-    spec = importlib.util.spec_from_file_location("attn_toolchain", ROOT / "attn" / "toolchain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT))
+from attn import cuda_toolchain, toolchain  # noqa: E402  (the package itself loads nothing before it is used)
 
-
-toolchain = _toolchain()
+sys.path.remove(str(ROOT))
 
 
 def packages() -> list[str]:
@@ -55,34 +54,61 @@ def packages() -> list[str]:
 
 def decide() -> dict:
     """What will be built, as attn/_build_info.py will say; ends the build with a table where it cannot be right."""
-    wish = os.environ.get("ATTN_CPP", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"attn: ATTN_CPP is {wish!r}; it must be auto, 1 or 0")
+    cpp, cuda = wish("ATTN_CPP", "auto", "1", "0"), wish("ATTN_CUDA", "auto", "1", "0", "pip")
     info = {"cpu": False, "why_no_cpu": "", "compiler": "", "sets": []}
-    if wish == "0":
-        return info | {"why_no_cpu": "it was built with ATTN_CPP=0"}
-    rows = toolchain.check()
-    print(toolchain.table(rows), flush=True)
-    bad = [row for row in rows if row.state == "unfit" or (row.state == "missing" and wish == "1")]
+    info |= {"cuda": False, "why_no_cuda": "", "nvcc": "", "cuda_images": {}}
+    if cpp == "0":
+        if cuda in ("1", "pip"):
+            raise SystemExit(f"attn: ATTN_CPP=0 leaves the CUDA kernels out too, and ATTN_CUDA={cuda} wants them")
+        why = "it was built with ATTN_CPP=0"
+        return info | {"why_no_cpu": why, "why_no_cuda": why}
+    compiler, rows = toolchain.find_compiler(), toolchain.check()
+    toolkit, target = None, None
+    if cuda == "0":
+        info["why_no_cuda"] = "it was built with ATTN_CUDA=0"
+    elif compiler is None:
+        info["why_no_cuda"] = "no C++ compiler was found when it was built"
+    else:
+        cuda_rows, toolkit, target = cuda_toolchain.check(compiler, cuda, OBJECTS)
+        rows += cuda_rows
+    must = {"C++ compiler"} if cpp == "1" or cuda in ("1", "pip") else set()
+    must |= {"nvcc"} if cuda in ("1", "pip") else set()
+    bad = [row for row in rows if row.state == "unfit" or (row.state == "missing" and row.item in must)]
     if bad:
-        raise SystemExit(f"attn: cannot build; nothing was compiled\n{toolchain.table(bad)}")
-    if any(row.state == "missing" for row in rows):
+        raise SystemExit(f"attn: cannot build; nothing was compiled\n{toolchain.table(rows)}")
+    print(toolchain.table(rows), flush=True)
+    if compiler is None:
         return info | {"why_no_cpu": "no C++ compiler was found when it was built"}
-    compiler = toolchain.find_compiler()
-    return info | {"cpu": True, "compiler": str(compiler), "sets": toolchain.available_sets(compiler)}
+    info |= {"cpu": True, "compiler": str(compiler), "sets": toolchain.available_sets(compiler)}
+    if toolkit is not None:
+        images = {"archs": list(target.archs), "ptx": target.ptx}
+        info |= {"cuda": True, "nvcc": str(toolkit), "cuda_images": images}
+    elif not info["why_no_cuda"]:
+        info["why_no_cuda"] = "no nvcc was found when it was built"
+    return info
+
+
+def wish(name: str, *values: str) -> str:
+    """An environment variable that has to be one of these; the first where it is not set."""
+    value = os.environ.get(name) or values[0]
+    if value not in values:
+        raise SystemExit(f"attn: {name} is {value!r}; it must be {', '.join(values[:-1])} or {values[-1]}")
+    return value
 
 
 def write_info(folder: Path) -> None:
     """attn/_build_info.py: what `python -m attn info` says of this build. A library of an earlier build goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not INFO["cpu"]:
-        for library in folder.glob("_native_cpu.*"):
-            library.unlink()
+    for kind in ("cpu", "cuda"):
+        if not INFO[kind]:
+            for library in folder.glob(f"_native_{kind}.*"):
+                library.unlink()
     (folder / "_build_info.py").write_text(f'"""Written by the build."""\n\nINFO = {INFO!r}\n')
 
 
 class Build(build_ext):
-    """Compiles and links without setuptools' flags: the library is no Python module. Only what changed is compiled."""
+    """Compiles and links without setuptools' flags: the libraries are no Python modules. Only what changed is
+    compiled."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + (".dll" if toolchain.WINDOWS else ".so")
@@ -97,24 +123,31 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiler = toolchain.find_compiler()
+        headers, libraries, jobs, toolkit = {"torch_cpu": Path("csrc/torch_stable.h")}, (), toolchain.jobs(), None
+        if ext.name.endswith("_cuda"):
+            toolkit = cuda_toolchain.find_toolkit(os.environ.get("ATTN_CUDA", "auto"))
+            headers["torch_cuda"] = Path("csrc/cuda/torch_cuda.h")
+            libraries, jobs = cuda_toolchain.link_libraries(toolkit), cuda_toolchain.jobs()
         scratch = OBJECTS / f"{sys.platform}-{compiler.machine}"
         scratch.mkdir(parents=True, exist_ok=True)
         work = []
         for source in map(Path, ext.sources):
-            flags = toolchain.flags_of(source, compiler, INFO["sets"])
-            if flags is not None:
-                target = scratch / (source.as_posix().replace("/", "_") + ".o")
-                work.append((source, target, toolchain.compile_command(compiler, source, target, flags)))
+            target = scratch / (source.as_posix().replace("/", "_") + ".o")
+            if source.suffix == ".cu":
+                images = cuda_toolchain.Target(**INFO["cuda_images"])
+                command = cuda_toolchain.compile_command(toolkit, compiler, source, target, images)
+            elif (flags := toolchain.flags_of(source, compiler, INFO["sets"])) is not None:
+                command = toolchain.compile_command(compiler, source, target, flags)
+            else:
+                continue
+            work.append((source, target, command))
         stale = [job for job in work if changed(*job[1:])]
         print(f"attn: {ext.name}: {len(stale)} of {len(work)} files to compile", flush=True)
-        with ThreadPoolExecutor(toolchain.jobs()) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda job: compile_one(*job), stale))
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        header = Path("csrc/torch_stable.h")
-        for command in toolchain.link_commands(
-            compiler, [target for _, target, _ in work], library, {"torch_cpu": header}
-        ):
+        for command in toolchain.link_commands(compiler, [o for _, o, _ in work], library, headers, libraries):
             run(command)
 
 
@@ -137,16 +170,18 @@ def compile_one(source: Path, target: Path, command: list[str]) -> None:
     stamp, key = stamp_of(target, command)
     stamp.unlink(missing_ok=True)
     started = time.monotonic()
-    run(command)
+    said = run(command)
+    Path(f"{target}.log").write_text(said)  # benchmarks/cuda_sass.py reads the remarks in it
     stamp.write_text(key)
     print(f"attn: {source.as_posix()}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stdout + done.stderr)[-8000:]
-        raise SystemExit(f"{said}\nattn: status {done.returncode} from: {' '.join(command)}\nATTN_CPP=0 leaves it out")
+        raise SystemExit(f"{said}\nattn: status {done.returncode} from: {' '.join(command)}\n{LEAVES_OUT}")
+    return done.stdout + done.stderr
 
 
 class BuildPy(build_py):
@@ -175,10 +210,13 @@ class Wheel(bdist_wheel):
 
 os.chdir(ROOT)
 INFO = decide() if BUILDS & set(sys.argv) else {}
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
+SOURCES = {
+    "cpu": sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp")),
+    "cuda": sorted(path.as_posix() for end in ("cpp", "cu") for path in Path("csrc/cuda").rglob(f"*.{end}")),
+}
 setup(
     packages=packages(),
     package_dir=dict(MOVED),
-    ext_modules=[Extension("attn._native_cpu", SOURCES)] if INFO.get("cpu") else [],
+    ext_modules=[Extension(f"attn._native_{kind}", SOURCES[kind]) for kind in SOURCES if INFO.get(kind)],
     cmdclass={"bdist_wheel": Wheel, "build_ext": Build, "build_py": BuildPy},
 )

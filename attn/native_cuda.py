@@ -40,12 +40,12 @@ def load() -> str | None:
             return f"ATTN_CUDA_EMULATED is {EMULATED}, where no file is; python tests/cuda_host/build.py makes it"
         why = native.build_info().get("why_no_cuda") or "this source tree has not been built"
         return f"its library is not here: {why}; ATTN_CUDA=pip pip install . in the source tree builds it"
-    if not EMULATED and not torch.cuda.is_available():
-        return "finds no GPU"
     try:
         said = _open().attn_cuda_unusable().decode()
     except (OSError, AttributeError) as error:  # the latter: a library of another version
         return f"its library does not load ({error}); pip install --force-reinstall attn-kernels builds it anew"
+    if not said and not EMULATED and not torch.cuda.is_available():
+        return "finds no GPU"
     return said or None
 
 

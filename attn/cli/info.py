@@ -106,7 +106,7 @@ def _devices(torch: ModuleType | None) -> dict[str, Any]:
         warnings.simplefilter("always")
         try:
             gpus = [_gpu(torch, i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-            other = torch.accelerator.current_accelerator() if not gpus else None
+            other = torch.accelerator.current_accelerator(check_available=True) if not gpus else None
         except Exception as error:  # drivers fail in many ways, and this command is there to say so
             return {"gpus": [], "why_none": f"torch finds a GPU that does not work: {_one_line(error)}"}
     if other is not None:
