@@ -101,7 +101,7 @@ BUGS = {
     "a stage too few": Bug(BACK, "backward.cuh", "stage(i ^ 1)", "stage(i)", "SharedInFlight"),
     "gradients are stored too early": Bug(BACK, "backward.cuh", "sync_warp();", "", "SharedRace"),
     "delta is forgotten": Bug(BACK, "gradient.cuh", "[e] - delta);", "[e]);", NUMBERS),
-    "a group without its last head": Bug(BACK, "backward.cuh", "? group : 1", "? group - 1 : 1", NUMBERS),
+    "a group without its last head": Bug(BACK, "backward.cuh", "? x.group : 1", "? x.group - 1 : 1", NUMBERS),
     "the first queries are left out": Bug(BACK, "mask.cuh", "k0 - m.high,", "k0 - m.high + 64,", NUMBERS),
     "a derivative is forgotten": Bug(BACK_EXTRAS, "gradient.cuh", "dp[m][n][e] *= d_cap;", "(void)d_cap;", NUMBERS),
     "a share is forgotten": Bug(BACK_EXTRAS, "gradient.cuh", "(two.x) * share_", "(two.x)", NUMBERS),

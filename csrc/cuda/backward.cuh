@@ -12,16 +12,23 @@ namespace attn::cuda {
 // What a block of keys writes: above head_dim 128 the registers do not hold both.
 enum class Part { kQueries, kKeysAndValues, kKeys, kValues };
 
-// Tiles by what fits the registers without spills, and 99 KB of shared memory.
+// Tiles by what fits the registers without spills, and 99 KB of shared memory. A warp has kM times 16 rows of
+// its own: two halve what is read of shared memory.
 template <class T, int kDim, bool kHeavy, Part kPart>
 struct BackwardShape {
-  static constexpr bool kFloat = std::is_same_v<T, float>, kWide = kDim > 128;
+  static constexpr bool kFloat = std::is_same_v<T, float>, kOfQueries = kPart == Part::kQueries;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
-  static constexpr int kWarps = kRowBytes >= 1024                        ? (kHeavy ? 1 : 2)
-                                : kRowBytes == 256 && !kHeavy && !kFloat ? 8
-                                                                         : 4;
-  static constexpr int kOwn = kWarps * 16;
-  static constexpr int kOther = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kM = !kFloat && !kHeavy && kDim <= (kOfQueries ? 64 : 32) ? 2 : 1;
+
+  static constexpr int warps() {
+    if (kRowBytes >= 1024) return kHeavy ? 1 : 2;
+    return !kFloat && !kHeavy && kDim == 128 ? 8 : 4;
+  }
+  static constexpr int other() {
+    if (kFloat) return kDim <= 32 || (kDim <= 64 && kOfQueries) ? 32 : 16;
+    return kDim > 128 ? 16 : kDim > 64 || kM == 2 ? 32 : 64;
+  }
+  static constexpr int kWarps = warps(), kOwn = kWarps * kM * 16, kOther = other();
   static constexpr int kStages = kRowBytes >= 1024 || (kRowBytes == 512 && kHeavy) ? 1 : 2;
 };
 
@@ -32,19 +39,33 @@ struct BackwardPass {
     Backward b;
     RowStatistics rows;
     int d_out_access, to_access, to_v_access;  // `to`: dq or dk
+    int group, width, v_width;  // query heads of a key head; bytes of a row of q and k, and of v
+
+    Params(const Call& c_, const Backward& b_, const RowStatistics& rows_)
+        : c(c_),
+          b(b_),
+          rows(rows_),
+          d_out_access(access_of(b.d_out, c.p.dtype)),
+          to_access(access_of(kOfKeys ? b.dk : b.dq, c.p.dtype)),
+          to_v_access(access_of(b.dv, c.p.dtype)),
+          group(static_cast<int>(c.p.Hq / c.p.Hkv)),
+          width(static_cast<int>(c.p.D) * static_cast<int>(sizeof(T))),
+          v_width(static_cast<int>(c.p.Dv) * static_cast<int>(sizeof(T))) {}
   };
   using Shape = BackwardShape<T, kDim, kHeavy, kPart>;
   static constexpr bool kOfKeys = kPart != Part::kQueries, kHasSecond = kPart == Part::kKeysAndValues;
   static constexpr bool kNeedsGradient = kPart != Part::kValues;
-  static constexpr int kWarps = Shape::kWarps, kOwn = Shape::kOwn, kOther = Shape::kOther,
-                       kStages = Shape::kStages;
+  static constexpr int kM = Shape::kM, kWarps = Shape::kWarps, kOwn = Shape::kOwn;
+  static constexpr int kOther = Shape::kOther, kStages = Shape::kStages;
   static constexpr int kN = kOther / 8, kD = kDim / 8;
   using OwnTile = Tile<T, kOwn, kDim>;
   using OtherTile = Tile<T, kOther, kDim>;
-  using Piece = Staged<16, kOther>;
+  using Piece = Staged<kM * 16, kOther>;
   using Columns = StagedRows<kOther>;
   static constexpr int kOwnTiles = kNeedsGradient ? 2 : 1;
-  static constexpr int kStage = 2 * OtherTile::kBytes + (kOfKeys ? Columns::kBytes : 0);
+  static constexpr int kColumns =
+      kOfKeys ? (Columns::kBytes + 127) / 128 * 128 : 0;  // tiles begin at 128 bytes
+  static constexpr int kStage = 2 * OtherTile::kBytes + kColumns;
   static constexpr int kRing = kOwnTiles * OwnTile::kBytes, kPieces = kRing + kStages * kStage;
   static constexpr int kSmem = kPieces + (kHeavy ? kWarps * Piece::kBytes : 0);
   static_assert(kSmem <= 99 * 1024, "what every GPU since sm_80 has");
@@ -65,7 +86,6 @@ struct BackwardPass {
   const Block& t;
   const Sequence& s;
   const Mask mask;
-  const int group, q_width, v_width;  // widths in bytes
   const uint32_t smem;
   const int row;  // this warp's first one of its own
 
@@ -75,11 +95,8 @@ struct BackwardPass {
         t(t_),
         s(t_.s),
         mask(x_.c, t_.s),
-        group(static_cast<int>(p.Hq / p.Hkv)),
-        q_width(static_cast<int>(p.D) * static_cast<int>(sizeof(T))),
-        v_width(static_cast<int>(p.Dv) * static_cast<int>(sizeof(T))),
         smem(smem_base()),
-        row(static_cast<int>(tid() / 32) * 16) {}
+        row(static_cast<int>(tid() / 32) * kM * 16) {}
 
   // A tile of the other kind, of one head of the group.
   struct Position {
@@ -87,14 +104,14 @@ struct BackwardPass {
     OtherPlace tile;
   };
   ATTN_DEV bool has(const Others& others, const Position& at) const {
-    return at.of_group < (kOfKeys ? group : 1) && others.has(at.tile);
+    return at.of_group < (kOfKeys ? x.group : 1) && others.has(at.tile);
   }
   ATTN_DEV Position after(const Others& others, const Position& at) const {
     const OtherPlace next = others.after(at.tile);
     if (others.has(next) || !kOfKeys) return {at.of_group, next};
     return {at.of_group + 1, others.first()};
   }
-  ATTN_DEV int head_of(const Position& at) const { return kOfKeys ? t.head * group + at.of_group : t.head; }
+  ATTN_DEV int head_of(const Position& at) const { return kOfKeys ? t.head * x.group + at.of_group : t.head; }
   ATTN_DEV static int start_of(const OtherPlace& tile) {
     if constexpr (kOfKeys)
       return tile.q0;
@@ -111,19 +128,19 @@ struct BackwardPass {
   template <class Tile, bool kBoth>
   ATTN_DEV void copy_queries(uint32_t to, int head, int first) const {
     const GlobalRows q = global_rows<T>(p.q, s.batch, head, s.q_first);
-    copy_tile<Tile, kThreads>(to, q, first, s.queries, q_width, x.c.q_access);
+    copy_tile<Tile, kThreads>(to, q, first, s.queries, x.width, x.c.q_access);
     if constexpr (kBoth) {
       const GlobalRows g = global_rows<T>(x.b.d_out, s.batch, head, s.q_first);
-      copy_tile<Tile, kThreads>(to + Tile::kBytes, g, first, s.queries, v_width, x.d_out_access);
+      copy_tile<Tile, kThreads>(to + Tile::kBytes, g, first, s.queries, x.v_width, x.d_out_access);
     }
   }
   template <class Tile, bool kBoth>
   ATTN_DEV void copy_keys(uint32_t to, int head, int first) const {
     const GlobalRows k = global_rows<T>(p.k, s.batch, head, s.k_first);
-    copy_tile<Tile, kThreads>(to, k, first, s.keys, q_width, x.c.k_access);
+    copy_tile<Tile, kThreads>(to, k, first, s.keys, x.width, x.c.k_access);
     if constexpr (kBoth) {
       const GlobalRows v = global_rows<T>(p.v, s.batch, head, s.k_first);
-      copy_tile<Tile, kThreads>(to + Tile::kBytes, v, first, s.keys, v_width, x.c.v_access);
+      copy_tile<Tile, kThreads>(to + Tile::kBytes, v, first, s.keys, x.v_width, x.c.v_access);
     }
   }
   ATTN_DEV void copy_own() const {
@@ -138,13 +155,13 @@ struct BackwardPass {
       copy_queries<OtherTile, true>(to, head, first);
       Columns::copy(to + 2 * OtherTile::kBytes, x.rows, x.rows.first(p, s, head) + first);
     } else {
-      copy_keys<OtherTile, true>(to, head / group, first);
+      copy_keys<OtherTile, true>(to, head / x.group, first);
     }
   }
 
   ATTN_DEV void go() {
     const Others others = tiles();
-    float acc[1][kD][4], second[1][kHasSecond ? kD : 1][4];
+    float acc[kM][kD][4], second[kM][kHasSecond ? kD : 1][4];
     clear(acc);
     clear(second);
     const auto rows = own_rows();
@@ -186,21 +203,21 @@ struct BackwardPass {
     if constexpr (kOfKeys)
       return Columns{0};
     else
-      return OwnRows<1>(x.rows, x.rows.first(p, s, t.head), t.first + row, s.queries);
+      return OwnRows<kM>(x.rows, x.rows.first(p, s, t.head), t.first + row, s.queries);
   }
 
   template <class RowsOf, int kSecond>
-  ATTN_DEV void meet(const Position& at, const RowsOf& rows, uint32_t other, float (&acc)[1][kD][4],
-                     float (&second)[1][kSecond][4]) const {
+  ATTN_DEV void meet(const Position& at, const RowsOf& rows, uint32_t other, float (&acc)[kM][kD][4],
+                     float (&second)[kM][kSecond][4]) const {
     const Gradient<T, kOfKeys, kHeavy> gradient(x.c, x.b, s, mask, head_of(at));
     const int q0 = kOfKeys ? start_of(at.tile) : t.first + row,
               k0 = kOfKeys ? t.first + row : start_of(at.tile);
     const uint32_t other_second = other + OtherTile::kBytes;
-    float product[1][kN][4];
+    float product[kM][kN][4];
     clear(product);
     multiply_rows<OwnTile, OtherTile>(product, smem, row, other, 0);
     if constexpr (kNeedsGradient) {
-      float dp[1][kN][4];
+      float dp[kM][kN][4];
       clear(dp);
       multiply_rows<OwnTile, OtherTile>(dp, smem + OwnTile::kBytes, row, other_second, 0);
       gradient.both(at.tile.partial, q0, k0, piece(), rows, product, dp);
@@ -213,36 +230,38 @@ struct BackwardPass {
   }
 
   template <class RowsOf, int kSecond>
-  ATTN_DEV void write(const RowsOf& rows, float (&acc)[1][kD][4], float (&second)[1][kSecond][4]) const {
+  ATTN_DEV void write(const RowsOf& rows, float (&acc)[kM][kD][4], float (&second)[kM][kSecond][4]) const {
     if constexpr (kPart == Part::kQueries) {
-      store(smem, acc, rows, x.c.scale, x.b.dq, s.q_first, q_width, x.to_access);
+      store(smem, acc, rows, x.c.scale, x.b.dq, s.q_first, x.width, x.to_access);
     } else if constexpr (kPart == Part::kValues) {
-      store(smem, acc, rows, x.c.inverse_keep, x.b.dv, s.k_first, v_width, x.to_v_access);
+      store(smem, acc, rows, x.c.inverse_keep, x.b.dv, s.k_first, x.v_width, x.to_v_access);
     } else {
-      store(smem, acc, rows, x.c.scale, x.b.dk, s.k_first, q_width, x.to_access);
+      store(smem, acc, rows, x.c.scale, x.b.dk, s.k_first, x.width, x.to_access);
       if constexpr (kHasSecond)
-        store(smem + OwnTile::kBytes, second, rows, x.c.inverse_keep, x.b.dv, s.k_first, v_width,
+        store(smem + OwnTile::kBytes, second, rows, x.c.inverse_keep, x.b.dv, s.k_first, x.v_width,
               x.to_v_access);
     }
   }
 
   // Through this warp's rows of `place`. Dead rows are 0, whatever they have met.
   template <class RowsOf>
-  ATTN_DEV void store(uint32_t place, float (&acc)[1][kD][4], const RowsOf& rows, float factor,
+  ATTN_DEV void store(uint32_t place, float (&acc)[kM][kD][4], const RowsOf& rows, float factor,
                       const Rows& to, int first, int width, int access) const {
+    float factors[kM][2];
     ATTN_UNROLL
+    for (int m = 0; m < kM; ++m) ATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      bool live = t.first + row + row_of(0, 2 * half) < s.keys;
-      if constexpr (!kOfKeys) live = rows.template of<kLog>(0.f, 0, half) < INFINITY;
+      bool live = t.first + row + row_of(m, 2 * half) < s.keys;
+      if constexpr (!kOfKeys) live = rows.template of<kLog>(0.f, m, half) < INFINITY;
       ATTN_UNROLL
       for (int d = 0; d < kD; ++d) ATTN_UNROLL
       for (int e = 2 * half; e < 2 * half + 2; ++e)
-        if (!live) acc[0][d][e] = 0.f;
+        if (!live) acc[m][d][e] = 0.f;
+      factors[m][half] = factor;
     }
-    const float factors[1][2] = {{factor, factor}};
     put_rows<OwnTile>(place, row, acc, factors);
     sync_warp();
-    store_rows<OwnTile>(place, row, 16, global_rows<T>(to, s.batch, t.head, first), t.first,
+    store_rows<OwnTile>(place, row, kM * 16, global_rows<T>(to, s.batch, t.head, first), t.first,
                         kOfKeys ? s.key_rows : s.rows, width, access);
   }
 };

@@ -8,10 +8,8 @@ namespace attn::cuda {
 template <class T, int kDim, bool kHeavy, Part kPart>
 const char* launch_part(const Call& c, const Backward& b, const RowStatistics& rows, Stream stream) {
   using Kernel = BackwardPass<T, kDim, kHeavy, kPart>;
-  const int to = access_of(kPart == Part::kQueries ? b.dq : b.dk, c.p.dtype);
   const int64_t blocks = Kernel::kOfKeys ? key_blocks<Kernel::kOwn>(c.p) : query_blocks<Kernel::kOwn>(c.p);
-  return launch<Kernel>({c, b, rows, access_of(b.d_out, c.p.dtype), to, access_of(b.dv, c.p.dtype)},
-                        {blocks, 1, 1}, stream);
+  return launch<Kernel>({c, b, rows}, {blocks, 1, 1}, stream);
 }
 
 template <class T, int kDim, bool kHeavy>
