@@ -75,6 +75,8 @@ def library(folder: Path, edits: Sequence[Edit], units: Sequence[Unit], flavour:
 
 def sanitizer_libraries() -> list[str]:
     """What a process must load first to load a library with sanitizers."""
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    command = [*build.COMPILER, *(f"-print-file-name={name}" for name in names)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    found = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):  # Python itself was built without them
+        command = [*build.COMPILER, f"-print-file-name={name}"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return found

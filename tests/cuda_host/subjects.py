@@ -1,6 +1,6 @@
 """Which kernels and which cases show a change of a file of csrc/cuda.
 
-Sizes stand at the boundaries of the kernels' predicates and beside them: tiles of 64 and 128 queries, of 32 and 64
+Sizes stand at the boundaries of the kernels' predicates and beside them: tiles of 64 and 128 queries, of 32, 48 and 64
 keys, chunks of 8 elements, bands whose edge meets the edge of a tile. See judge.py for how a case is written.
 """
 
@@ -38,7 +38,8 @@ BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
 PLAIN_CASES = (
     "full bf16 head_dim=64 value_dim=64 L=129 S=64 kind=large" + ONE,
     "full bf16 head_dim=64 value_dim=64 L=128 S=129" + PAIR,
-    "full bf16 head_dim=57 value_dim=33 L=17 S=127 layout=sliced" + ONE,
+    "full bf16 head_dim=64 value_dim=64 L=33 S=96" + ONE,
+    "full bf16 head_dim=57 value_dim=33 L=17 S=97 layout=sliced" + ONE,
     "full bf16 head_dim=18 value_dim=30 L=65 S=63 layout=strided" + PAIR,
     "causal bf16 head_dim=64 value_dim=64 L=200 S=200 kind=shifted" + ONE,
     "full fp32 head_dim=32 value_dim=20 L=65 S=130" + PAIR,
@@ -50,12 +51,16 @@ PLAIN_CASES = (
 BAND_CASES = (
     "causal bf16 head_dim=64 value_dim=64 L=129 S=129" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=2 S=64" + ONE,
+    "causal_end bf16 head_dim=64 value_dim=64 L=2 S=48" + ONE,
+    "causal_end bf16 head_dim=64 value_dim=64 L=2 S=97" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=2 S=128" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=130 S=67" + ONE,
     "causal_end bf16 head_dim=64 value_dim=64 L=66 S=257" + PAIR,
     "dead_rows bf16 head_dim=64 value_dim=64 L=200 S=66" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=260 S=259 left=63 right=0" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=260 S=259 left=65 right=64" + ONE,
+    "window bf16 head_dim=64 value_dim=64 L=250 S=241 left=47 right=48" + ONE,
+    "window bf16 head_dim=64 value_dim=64 L=250 S=240 left=95 right=16" + ONE,
     "window bf16 head_dim=64 value_dim=64 L=300 S=300 left=191 right=63" + ONE,
     "left_window_end bf16 head_dim=64 value_dim=64 L=129 S=320 left=127" + ONE,
     "lengths bf16 L=129 S=130 B=4 Hq=1 Hkv=1 grouped=False grad=False seed=5",
