@@ -28,10 +28,15 @@ DOES_NOT_COMPILE, SURVIVED = "does not compile", "SURVIVED"
 
 
 class Worker(threading.local):
-    """The judges of one thread."""
+    """The judges of one thread, each started when it is first needed."""
 
     def __init__(self) -> None:
-        self.judges = {"plain": Judge(), "sanitized": Judge(sanitizer_libraries())}
+        self.judges: dict[str, Judge] = {}
+
+    def judge(self, flavour: str) -> Judge:
+        if flavour not in self.judges:
+            self.judges[flavour] = Judge(sanitizer_libraries() if flavour == "sanitized" else [])
+        return self.judges[flavour]
 
     def verdict(self, edit: Edit) -> dict[str, str]:
         """What notices the mutant."""
@@ -43,7 +48,7 @@ class Worker(threading.local):
                     made = library(Path(folder), [edit], subject.units, flavour)
                 except build.BuildError:
                     return row | {"verdict": DOES_NOT_COMPILE}
-                answer = self.judges[flavour](made, subject.cases)
+                answer = self.judge(flavour)(made, subject.cases)
             if answer["verdict"] != "passes":
                 return row | {"verdict": answer["verdict"], "case": answer["case"]}
         return row
