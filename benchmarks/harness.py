@@ -134,8 +134,8 @@ def race(
                 warnings.simplefilter("ignore")  # PyTorch warns of each kernel that it may not use
                 row.error = check(c)
                 run = runs[c.name]()
-                row.memory = timer.memory(run)
                 ready[c.name] = timer.prepared(run)
+                row.memory = timer.memory(run)
                 _warm_up(timer, ready[c.name])
         except AssertionError as error:
             row.problem, row.wrong = str(error), True

@@ -123,6 +123,7 @@ def _nvtx(label: str) -> Iterator[None]:
 
 def summary(events: Sequence[Any], steps: int) -> Profile:
     """Sort out the events of a trace."""
+    events = [e for e in events if not (_on_gpu(e) and e.is_user_annotation)]  # ranges, drawn once more on the GPU
     gpu = any(_on_gpu(e) for e in events)
     marks = [e for e in events if e.name == STEP and not _on_gpu(e)]
     wall = sum(e.time_range.elapsed_us() for e in marks)

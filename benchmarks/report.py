@@ -15,6 +15,8 @@ from attn.benchmarks.roofline import Roofline
 from attn.benchmarks.work import Cost
 from attn.cli.table import table
 
+SEEN = 1.5
+"""A slow-down that --compare ought to see."""
 HEADERS = ("", "p20", "p50 ms", "p80", "GFLOP/s", "roofline", "MiB", "error")
 WIDTHS = (-20, 8, 8, 8, 8, 11, 8, 6)
 """Of the columns; those below zero are aligned left."""
@@ -172,7 +174,11 @@ def changed(found: Sequence[Change]) -> list[str]:
         for c in found
     ]
     headers = ("against the earlier run", "", "time", "noise", "")
-    return [table(headers, rows, left=2, indent="")] if rows else ["Nothing in common with the earlier run."]
+    if not rows:
+        return ["Nothing in common with the earlier run."]
+    blind = sum(c.allowed > SEEN for c in found)
+    said = f"{blind} of {len(found)} are too noisy to show that ours takes {SEEN} times as long: give --seconds more."
+    return [table(headers, rows, left=2, indent=""), *([said] if blind else [])]
 
 
 def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:

@@ -109,6 +109,12 @@ def test_what_is_slower_once_is_measured_again(
     assert len(calls) == 2
 
 
+def test_noise_that_hides_a_slow_down_is_told() -> None:
+    quiet, noisy = compare.Change("a", "attn cpu", 1.0, 1.25), compare.Change("b", "attn cpu", 1.4, 2.0)
+    assert "1 of 2 are too noisy" in report.changed([quiet, noisy])[-1]
+    assert "noisy" not in report.changed([quiet])[-1]
+
+
 def test_a_time_that_is_lost_is_a_regression() -> None:
     row = Row("attn cpu", True, problem="out is wrong", wrong=True)
     before = {"rows": [{"contender": "attn cpu", "ms": [1.0, 2.0]}]}

@@ -172,6 +172,7 @@ class Event:
     self_cpu_time_total: float = 0.0
     cpu_time_total: float = 0.0
     kernels: Sequence[Event] = field(default=())
+    is_user_annotation: bool = False
 
 
 def test_a_trace_of_a_gpu_is_sorted_out() -> None:
@@ -186,6 +187,7 @@ def test_a_trace_of_a_gpu_is_sorted_out() -> None:
         launch = Event("launch", Span(start + 12, start + 20), CPU, ranged, 200.0, kernels=[kernel])
         gelu = Event("aten::gelu", Span(start + 31, start + 33), self_device_time_total=20.0)
         events += [linear, mm, ranged, launch, gelu, kernel]
+        events.append(Event(ranged.name, Span(start + 200, start + 470), CUDA, is_user_annotation=True))
         events.append(Event("gemm", Span(start + 100, start + 200), CUDA))
         events.append(Event("gelu_kernel", Span(start + 430, start + 450), CUDA))
     found = profiling.summary(events, steps=2)

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if part:
             print("\n".join([*part, ""]))
     reached = ", ".join(f"{dtype} {gflops:.0f} GFLOP/s" for dtype, gflops in roof.gflops.items())
-    print(f"Roofline of this run: {reached} (matrix product), {roof.gbytes:.1f} GB/s (copy). ")
+    print(f"Roofline of this run: {reached} (matrix product), {roof.gbytes:.1f} GB/s (copy).")
     print("Times from cold caches; roofline: share of what these two allow; error: the largest over what is allowed.")
     _write(args, about, {"gflops": roof.gflops, "gbytes": roof.gbytes}, found)
     wrong = any(row["wrong"] and row["ours"] for f in found for row in f["rows"])
