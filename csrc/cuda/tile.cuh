@@ -2,7 +2,7 @@
 //
 // A tile is rows of kDim elements in chunks of 16 bytes, whose places within a row are exchanged ("swizzled")
 // so that the eight rows which an ldmatrix reads lie in different banks. Elements past the width of a tensor,
-// and rows past its end, are 0.
+// and rows past its end, are 0. A tile begins at a multiple of 128 bytes.
 //
 // An accumulator is float[kM][kN][4] per thread of a warp: kM times 16 rows by kN times 8 columns, as the
 // tensor core lays them out. `row_of` and `col_of` say which element is which.
@@ -179,25 +179,31 @@ template <class TileA, class TileB, int kM, int kN>
 ATTN_DEV void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, int a_row, uint32_t b, int b_row) {
   using T = typename TileA::Element;
   static_assert(kN % 2 == 0 && TileA::kChunks == TileB::kChunks);
+  static_assert(!std::is_same_v<T, float> || TileA::kChunks % 8 == 0);
   const int x = static_cast<int>(lane() & 7), which = static_cast<int>(lane() >> 3);
-  const uint32_t from_a = TileA::at(a, a_row + (which & 1) * 8 + x, which >> 1);
-  const uint32_t from_b = TileB::at(b, b_row + (which >> 1) * 8 + x, which & 1);
-  ATTN_UNROLL for (int k = 0; k < TileA::kChunks; k += 2) {
-    uint32_t raw[4];
-    Left<T> left[kM];
-    ATTN_UNROLL for (int m = 0; m < kM; ++m) {
-      ldmatrix_x4(raw, TileA::on(from_a, k) + static_cast<uint32_t>(m * 16 * TileA::kRowBytes));
-      left[m].set(raw);
-    }
-    ATTN_UNROLL for (int n = 0; n < kN; n += 2) {
-      ldmatrix_x4(raw, TileB::on(from_b, k) + static_cast<uint32_t>(n * 8 * TileB::kRowBytes));
-      const Right<T> b0(raw[0]), b1(raw[1]), b2(raw[2]), b3(raw[3]);
+  uint32_t from_a = TileA::at(a, a_row + (which & 1) * 8 + x, which >> 1);
+  uint32_t from_b = TileB::at(b, b_row + (which >> 1) * 8 + x, which & 1);
+  // The splitting of float32 fills the pipes by itself: unrolled further, it fills the registers.
+  constexpr int kAtOnce = std::is_same_v<T, float> ? 8 : TileA::kChunks;
+  ATTN_NO_UNROLL
+  for (int first = 0; first < TileA::kChunks;
+       first += kAtOnce, from_a += kAtOnce * 16, from_b += kAtOnce * 16)
+    ATTN_UNROLL for (int k = 0; k < kAtOnce; k += 2) {
+      uint32_t raw[4];
+      Left<T> left[kM];
       ATTN_UNROLL for (int m = 0; m < kM; ++m) {
-        left[m].multiply(acc[m][n], b0, b1);
-        left[m].multiply(acc[m][n + 1], b2, b3);
+        ldmatrix_x4(raw, TileA::on(from_a, k) + static_cast<uint32_t>(m * 16 * TileA::kRowBytes));
+        left[m].set(raw);
+      }
+      ATTN_UNROLL for (int n = 0; n < kN; n += 2) {
+        ldmatrix_x4(raw, TileB::on(from_b, k) + static_cast<uint32_t>(n * 8 * TileB::kRowBytes));
+        const Right<T> b0(raw[0]), b1(raw[1]), b2(raw[2]), b3(raw[3]);
+        ATTN_UNROLL for (int m = 0; m < kM; ++m) {
+          left[m].multiply(acc[m][n], b0, b1);
+          left[m].multiply(acc[m][n + 1], b2, b3);
+        }
       }
     }
-  }
 }
 
 // acc[i][d] += sum over j of p[i][j] b[b_row + j][d]: p is an accumulator of kN * 8 columns, d goes over the

@@ -14,7 +14,7 @@ struct WeightsKernel {
   };
   static constexpr bool kFloat = std::is_same_v<T, float>;
   static constexpr int kWarps = kFloat && kDim > 128 ? 2 : 4;
-  static constexpr int kKeys = kFloat && kDim > 128 ? 16 : kDim > 64 ? 32 : 64, kN = kKeys / 8;
+  static constexpr int kKeys = kFloat ? (kDim > 64 ? 16 : 32) : kDim > 64 ? 32 : 64, kN = kKeys / 8;
   static constexpr int kRows = kWarps * 16, kThreads = kWarps * 32, kMinBlocks = 2;
   using QTile = Tile<T, kRows, kDim>;
   using KeyTile = Tile<T, kKeys, kDim>;
