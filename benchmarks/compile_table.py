@@ -5,6 +5,7 @@ so every kernel comes with the flags, tile and strides of a real call. Registers
 the machine code with the `cuobjdump` that Triton ships.
 
     python -m attn.benchmarks.compile_table           # the rows that benchmarks/results/triton-compile.json lacks
+    python -m attn.benchmarks.compile_table --redo float32  # these rows again, after a change to their tiles
     python -m attn.benchmarks.compile_table --quick   # what every push compiles, checked against that table
 """
 
@@ -279,6 +280,7 @@ def jobs(quick: bool = False) -> list[Job]:
     wanted += [(arch, dtype, d, "causal", ALL) for d in (64, 128, 256) for dtype in DTYPES[1:3] for arch in ARCHS]
     wanted += [("sm_80", bf16, d, f, TRAIN) for d in (128, 64) for f in HEAVY_SETS]
     wanted += [(arch, dtype, d, "causal", ALL) for d in (100, 32, 192) for dtype in DTYPES[1:3] for arch in ARCHS]
+    wanted += [(a, "float32", d, f, TRAIN) for d in (64, 128, 100, 32) for a in three for f in COMMON if f != "causal"]
     return wanted
 
 
@@ -287,7 +289,7 @@ def gated(row: Row) -> bool:
     return (
         row.arch in ("sm_80", "sm_90", "sm_100")
         and row.head_dim <= 128
-        and row.dtype in ("bfloat16", "float16")
+        and row.dtype in ("bfloat16", "float16", "float32")
         and row.features in COMMON
         and row.kernel in ("forward", "delta", "queries", "keys")
     )
@@ -330,7 +332,9 @@ def save(rows: dict[str, Row], path: Path = RESULTS) -> None:
 
     lines = ",\n".join("  " + json.dumps(rows[key]._asdict()) for key in sorted(rows))
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    whole = path.with_suffix(".new")  # a run that is cut off leaves the old table
+    whole.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    whole.replace(path)
 
 
 def markdown(rows: dict[str, Row]) -> str:
@@ -353,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m attn.benchmarks.compile_table", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the compiles of every push, checked against the table")
     parser.add_argument("--check", default="", metavar="WORDS", help="jobs whose line holds these words, likewise")
+    parser.add_argument("--redo", default="", metavar="WORDS", help="write jobs whose line holds these words anew")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there: for another Triton")
     parser.add_argument("--markdown", action="store_true", help="compile nothing; print the short form of the table")
     args = parser.parse_args(argv)
@@ -367,7 +372,9 @@ def main(argv: list[str] | None = None) -> int:
     wrong: list[str] = []
     for arch, dtype, head_dim, features, passes in jobs(args.quick):
         line = f"{arch} {dtype} {head_dim} {features}"
-        if line in done or not set(args.check.split()) <= set(line.split()):
+        words = set(line.split())
+        again = bool(args.redo) and set(args.redo.split()) <= words
+        if (line in done and not again) or not set(args.check.split()) <= words:
             continue
         for row in compiled(arch, dtype, head_dim, features, passes):
             rows[row.key] = row

@@ -94,8 +94,9 @@ def test_the_committed_table_holds_what_it_must() -> None:
         for head_dim in table.HEAD_DIMS:
             kernels = {"forward", "delta", "queries", *(("keys",) if head_dim <= 128 else ("dk", "dv"))}
             assert {(arch, "bfloat16", head_dim, kernel) for kernel in kernels} <= found, (arch, head_dim)
-    assert {(row.arch, row.head_dim, row.features) for row in rows if table.gated(row)} == {
-        (arch, d, features)
+    assert {(r.arch, r.dtype, r.head_dim, r.features) for r in rows if table.gated(r) and r.dtype != "float16"} == {
+        (arch, dtype, d, features)
+        for dtype in ("bfloat16", "float32")
         for arch in ("sm_80", "sm_90", "sm_100")
         for d in (32, 64, 100, 128)
         for features in table.COMMON

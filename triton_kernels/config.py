@@ -93,8 +93,10 @@ _TILES: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     ("ieee", "queries"): {
         64: Tile(64, 32, 8),
         128: (Tile(32, 32, 8, 2, 128), Tile(32, 32, 8)),
+        -128: (Tile(32, 16, 8, 2, 128), Tile(32, 16, 8)),
         256: Tile(16, 32, 8, 1),
     },
+    ("ieee", "delta"): {64: Tile(64, 0, 4, 1, 128), 128: Tile(64, 0, 4, 1), 256: Tile(64, 0, 4, 1)},
     ("gfx942", "forward"): {64: Tile(128, 64, 4), 128: Tile(128, 64, 8), 256: Tile(64, 32, 4)},
     ("gfx942", "keys"): {64: Tile(64, 64, 4), 128: Tile(32, 64, 4)},
     ("gfx942", "dk"): {256: Tile(32, 64, 4)},
@@ -146,9 +148,9 @@ def tile(arch: str, name: str, dim: int, math: str, load: int) -> Tile:
         family = "ieee"
     elif math != "16" and name != "delta":
         return (_FLOAT32_DECODE if name == "decode" else _FLOAT32)[bucket(dim)]
-    if name == "bias" and bucket(dim) == 256:
+    elif name == "bias" and bucket(dim) == 256:
         return _WIDE_BIAS
-    if name in _COMMON:
+    elif name in _COMMON:
         return _COMMON[name]
     found = _TILES.get((family, name)) or _TILES[family, "keys"]
     at = found.get(-bucket(dim) if dim % 16 else 0) or found[bucket(dim)]
