@@ -9,7 +9,7 @@
 #   PYTHON       the interpreter to make .venv with (3.10 or newer)
 #   TORCH_SPEC   what pip installs as torch; quoted options may follow, such as an index with CPU-only builds
 #   PYTEST_ARGS  added to pytest's arguments
-#   ATTN_CUDA    0 leaves out the CUDA kernels, which take about 7 minutes more where nvcc is found
+#   ATTN_CUDA    0 leaves out the CUDA kernels, which take about 6 minutes more where nvcc is found
 
 PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0

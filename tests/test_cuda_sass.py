@@ -45,12 +45,14 @@ def test_no_row_of_the_table_has_a_fault() -> None:
 
 def test_one_exponential_for_each_score_and_no_more() -> None:
     """By hand, for calls with a band at most: a thread of a tile has n scores, and 2 rows in each block of 16, which
-    may be rescaled. q k and p v take n * head_dim / 32 products of 16 x 8 x 16; float32 three, of 16 x 8 x 8."""
+    may be rescaled. q k and p v each take n * head_dim / 64 products of 16 x 8 x 16; float32 three for one, and twice for
+    its 16 x 8 x 8, in q k for 32 features at a time."""
     rows = [row for row in of("Forward") if row.arguments[2] == "false"]
     assert len(rows) == 3 * 4 * 3
     for row in rows:
-        element, head_dim, _ = row.arguments
-        scores = row.products * 32 // int(head_dim) // (6 if element == "float" else 1)
+        element, head_dim = row.arguments[0], int(row.arguments[1])
+        per_score = 6 * (head_dim + 32) if element == "float" else 2 * head_dim
+        scores = row.products * 64 // per_score
         assert row.exponentials - scores in (2, 4), row.key
 
 
