@@ -109,7 +109,8 @@ def find_toolkit(wish: str = "auto") -> Toolkit | Row:
     version = int(match[1]), int(match[2])
     toolkit = Toolkit(nvcc, version, match[3], _root(nvcc), source)
     if version < OLDEST or version[0] > NEWEST_MAJOR:
-        return Row("nvcc", "unfit", f"{match[3]} from {source} ({nvcc})", need, f"ATTN_CUDA_HOME=... names one; {CURES}")
+        where = f"{match[3]} from {source} ({nvcc})"
+        return Row("nvcc", "unfit", where, need, f"ATTN_CUDA_HOME=... names one; {CURES}")
     return toolkit
 
 

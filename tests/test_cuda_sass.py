@@ -45,8 +45,8 @@ def test_no_row_of_the_table_has_a_fault() -> None:
 
 def test_one_exponential_for_each_score_and_no_more() -> None:
     """By hand, for calls with a band at most: a thread of a tile has n scores, and 2 rows in each block of 16, which
-    may be rescaled. q k and p v each take n * head_dim / 64 products of 16 x 8 x 16; float32 three for one, and twice for
-    its 16 x 8 x 8, in q k for 32 features at a time."""
+    may be rescaled. q k and p v each take n * head_dim / 64 products of 16 x 8 x 16; float32 three for one, and twice
+    as many of its 16 x 8 x 8, in q k for 32 features at a time."""
     rows = [row for row in of("Forward") if row.arguments[2] == "false"]
     assert len(rows) == 3 * 4 * 3
     for row in rows:
