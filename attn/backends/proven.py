@@ -51,10 +51,13 @@ def why_not(backend: str, spec: AttentionSpec) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_stamped(backend: str, arch: str, dtype: torch.dtype, which: str) -> bool:
     """Asked while torch.compile traces, too, which must not trace the reading of a file."""
     return _words((backend, arch, dtype, which)) in stamped()
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo, and with it triton, here and now.
+_is_stamped._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
