@@ -46,6 +46,9 @@ class Tile(NamedTuple):
 LIGHT, LENGTHS, HEAVY = 0, 1, 2
 """How much a call asks of the registers. Lengths: no band. Heavy: dense masks, documents, dropout, softcap or ALiBi."""
 
+RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+"""Triton 3.6 needs more registers for the largest tile."""
+
 # (family, pass) -> {head_dim bucket: tile}, or (light, heavy) or (light, lengths, heavy) tiles; a negative bucket is
 # for head dims that are no multiple of 16, whose loads are narrower and take more registers for their addresses.
 # Family "ieee" is float32 without tensor cores, alike on every GPU: two stages even where nothing is loaded ahead, as
@@ -59,7 +62,7 @@ _TILES: dict[tuple[str, str], dict[int, Tile | tuple[Tile, ...]]] = {
     },
     ("sm_90", "keys"): {
         64: Tile(64, 64, 4),
-        128: (Tile(64, 128, 8), Tile(64, 64, 8), Tile(32, 128, 8)),
+        128: (Tile(64 if RECENT else 32, 128, 8), Tile(64, 64, 8), Tile(32, 128, 8)),
         -128: Tile(32, 128, 8),
     },
     ("sm_90", "dk"): {256: Tile(32, 128, 8)},
