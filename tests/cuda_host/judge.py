@@ -41,7 +41,7 @@ class Judge:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
 
-    def __call__(self, library: Path, cases: Sequence[str], seconds: float = 120) -> dict[str, str]:
+    def __call__(self, library: Path, cases: Sequence[str], seconds: float = 600) -> dict[str, str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         line = json.dumps({"library": str(library), "cases": list(cases), "seconds": seconds})

@@ -67,6 +67,7 @@ BAND_CASES = (
     "lengths_end bf16 L=129 S=130 B=4 Hq=2 Hkv=1 grad=False seed=6",
     "varlen_causal bf16 B=5 L=150 S=140 Hq=2 Hkv=1 grad=False seed=3",
     "varlen bf16 B=6 L=70 S=70 head_dim=64 value_dim=64 Hq=2 Hkv=2 grouped=False grad=False seed=4",
+    "varlen bf16 B=1 L=70 S=130 head_dim=64 value_dim=64 Hq=1 Hkv=1 grouped=False grad=False seed=5",
     "causal bf16 head_dim=16 value_dim=16 L=200 S=65 B=2 Hq=6 Hkv=2 grad=False",
 )
 EXTRA_CASES = (
@@ -122,6 +123,7 @@ LIGHT_GRADIENT_CASES = (
     "dead_rows bf16 head_dim=64 value_dim=64 L=130 S=65 B=1 Hq=2 Hkv=1",
     "lengths bf16 head_dim=64 value_dim=64 L=129 S=130 B=4 Hq=2 Hkv=1 seed=5",
     "varlen_causal bf16 head_dim=64 value_dim=64 B=5 L=150 S=140 Hq=2 Hkv=1 seed=3",
+    "varlen_causal bf16 head_dim=64 value_dim=64 B=1 L=70 S=80 Hq=1 Hkv=1 grouped=False seed=3",
     "full bf16 head_dim=64 value_dim=40 L=64 S=64 kind=large layout=strided",
 )
 GRADIENT_CASES = (

@@ -26,7 +26,6 @@ void cp_async(uint32_t to, const void* from, uint32_t bytes, int valid_bytes, Lo
   if (valid_bytes) check_load(from, uint32_t(valid_bytes), "cp.async", loc);
   const Copy c{to, from, bytes, uint32_t(valid_bytes)};
   begin_flight(to, bytes, machine.current, loc);
-  ++machine.stats.cp_async;
   const bool now =
       machine.opt.async == Async::Early || (machine.opt.async == Async::Random && random_number() & 1);
   if (now)

@@ -46,7 +46,7 @@ struct Options {
 Options& options();
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, switches = 0, barriers = 0, mma = 0, ldmatrix = 0, cp_async = 0;
+  uint64_t launches = 0, mma = 0;
   uint64_t bank_conflicts = 0;  // passes of ldmatrix beyond one per 8x8 matrix
 };
 Stats& stats();

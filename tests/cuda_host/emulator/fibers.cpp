@@ -127,7 +127,6 @@ Context& context_of(uint32_t thread) {
 }
 
 void switch_to(uint32_t thread) {
-  ++machine.stats.switches;
   Context& from = context_of(machine.current);
   machine.current = thread;
   switch_context(from, context_of(thread));

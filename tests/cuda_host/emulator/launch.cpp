@@ -48,7 +48,6 @@ void run_block() {
   machine.warp.assign(machine.warps, Warp{});
   for (Warp& w : machine.warp) w.runnable = ~0u;
   machine.epoch = machine.warps_waiting = machine.exited = machine.current_warp = 0;
-  ++machine.stats.blocks;
   run_threads();
 }
 

@@ -92,7 +92,6 @@ void ldmatrix_x4(uint32_t* r, uint32_t address, bool trans, Loc loc) {
       arg_of_lane<LdmatrixArg>(l).r[m] = low | uint32_t(high) << 16;
     }
   }
-  ++machine.stats.ldmatrix;
   release_warp();
 }
 

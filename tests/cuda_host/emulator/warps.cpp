@@ -44,7 +44,6 @@ uint32_t exchange(Op op, uint32_t v, int by, Loc loc, From from) {
 
 void release_block() {
   ++machine.epoch;
-  ++machine.stats.barriers;
   machine.warps_waiting = 0;
   for (Warp& w : machine.warp) {
     w.arrived = 0;
