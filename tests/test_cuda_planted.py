@@ -65,9 +65,7 @@ BUGS = {
     "out takes Q's place too early": Bug(BAND, "forward.cuh", "sync_threads();", "", "SharedRace"),
     "out is stored too early": Bug(PLAIN, "forward.cuh", "sync_warp();", "", "SharedRace"),
     "a bias is staged too early": Bug(BACK_EXTRAS, "scores.cuh", "sync_warp();", "", "SharedRace", "dense.any()"),
-    "a bias is read too early": Bug(
-        EXTRAS, "scores.cuh", "sync_warp();", "", "SharedUninit", "(piece, q0,"
-    ),
+    "a bias is read too early": Bug(EXTRAS, "scores.cuh", "sync_warp();", "", "SharedUninit", "(piece, q0,"),
     # Fragments, and places in shared memory.
     "fragments of keys exchanged": Bug(PLAIN, "tile.cuh", "[n], b0, b1", "[n], b1, b0", NUMBERS),
     "fragments of values exchanged": Bug(PLAIN, "tile.cuh", "raw[0], raw[1]", "raw[1], raw[0]", NUMBERS, "_trans"),
