@@ -58,7 +58,7 @@ class Bug(NamedTuple):
 BUGS = {
     # Order: barriers, waits, stages.
     "no barrier before the scores": Bug(PLAIN, "attend.cuh", "sync_threads();", "", "SharedRace", "// K\n"),
-    "no barrier before the values": Bug(PLAIN, "attend.cuh", "sync_threads();", "", "SharedInFlight", "// V\n"),
+    "no barrier before the values": Bug(PLAIN, "attend.cuh", "sync_threads();", "", "SharedRace", "// V\n"),
     "no wait for keys": Bug(PLAIN, "attend.cuh", "cp_async_wait<1>();  // K", "", "SharedInFlight"),
     "a lax wait for values": Bug(PLAIN, "attend.cuh", "wait<1>();  // V", "wait<2>();", "SharedInFlight"),
     "a copy into a stage that is read": Bug(PLAIN, "attend.cuh", "at == 0 ? 2 : at - 1", "at", "SharedInFlight"),

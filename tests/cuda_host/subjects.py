@@ -39,6 +39,7 @@ PLAIN_CASES = (
     "full bf16 head_dim=64 value_dim=64 L=129 S=64 kind=large" + ONE,
     "full bf16 head_dim=64 value_dim=64 L=128 S=129" + PAIR,
     "full bf16 head_dim=64 value_dim=64 L=33 S=96" + ONE,
+    "full bf16 head_dim=64 value_dim=64 L=33 S=47" + ONE,
     "full bf16 head_dim=57 value_dim=33 L=17 S=97 layout=sliced" + ONE,
     "full bf16 head_dim=18 value_dim=30 L=65 S=63 layout=strided" + PAIR,
     "causal bf16 head_dim=64 value_dim=64 L=200 S=200 kind=shifted" + ONE,
