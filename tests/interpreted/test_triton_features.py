@@ -106,7 +106,7 @@ def test_tensor_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "descriptors", lambda arch: True)
     arguments.plans.clear()
     with observed() as entries:
-        assert_case(situation(name, torch.float32, head_dim=16, value_dim=32), "triton")
+        assert_case(situation(name, torch.bfloat16, head_dim=16, value_dim=32), "triton")
     arguments.plans.clear()
     assert any(entry.constants["F"].TMA for entry in entries)
 
