@@ -303,6 +303,22 @@ def visibility(x: Operands, L: int, S: int) -> Tensor | None:
     return out
 
 
+def as_dense(x: Operands) -> Tensor | None:
+    """All that hides or biases a score as one mask, bool or float, with -inf where something hides; None for nothing.
+
+    It is never expanded over dimensions in which it is constant.
+    """
+    L, S = x.q.shape[2], x.k.shape[2]
+    seen, bias = visibility(x, L, S), x.bias
+    if x.alibi_slopes is not None:
+        slopes = x.alibi_slopes.to(torch.promote_types(x.q.dtype, x.alibi_slopes.dtype))  # float64 calls stay exact
+        slope = -distances(x, L, S) * slopes[:, :, None, None]
+        bias = slope if bias is None else bias + slope
+    if bias is None:
+        return seen
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+
+
 def tile_classes(x: Operands, block_q: int = 64, block_k: int = 64) -> Tensor:
     """EMPTY, PARTIAL or FULL for each tile: uint8 (B, Hq or 1, ceil(L / block_q), ceil(S / block_k)).
 

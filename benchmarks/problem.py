@@ -60,12 +60,5 @@ def batched(out: Tensor) -> Tensor:
 
 def dense_mask(x: Operands) -> Tensor | None:
     """All that hides or biases a score as one mask in q's dtype, or bool; constant dimensions stay 1."""
-    L, S = x.q.shape[2], x.k.shape[2]
-    seen, bias = masks.visibility(x, L, S), x.bias
-    if x.alibi_slopes is not None:
-        slope = -masks.distances(x, L, S) * x.alibi_slopes[:, :, None, None]
-        bias = slope if bias is None else bias + slope
-    if bias is None:
-        return seen
-    bias = bias.to(x.q.dtype)
-    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+    mask = masks.as_dense(x)
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(x.q.dtype)

@@ -58,7 +58,7 @@ def _call(spec: AttentionSpec, x: Operands) -> Tensor:
     if spec.causal and not dense and (spec.band == "start" or x.q.shape[2] == x.k.shape[2]):
         return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, scale=x.scale, enable_gqa=spec.grouped)
     q, k, v = _hide_past_lengths(x)
-    mask = _dense(x)
+    mask = masks.as_dense(x)
     if mask is None or mask.dtype == torch.bool or mask.dtype == q.dtype:
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=x.scale, enable_gqa=spec.grouped)
     else:  # PyTorch's kernels refuse or misread a mask of another dtype; rounded to 16 bits it is another mask
@@ -79,17 +79,3 @@ def _hide_past_lengths(x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     if x.query_lengths is not None:
         q = q.masked_fill(masks.past(x.query_lengths, q.shape[2]), 0.0)
     return q, k, v
-
-
-def _dense(x: Operands) -> Tensor | None:
-    """All that hides or biases a score as one mask, never expanded over dimensions in which it is constant."""
-    L, S = x.q.shape[2], x.k.shape[2]
-    seen = masks.visibility(x, L, S)
-    bias = x.bias
-    if x.alibi_slopes is not None:
-        slopes = x.alibi_slopes.to(torch.promote_types(x.q.dtype, x.alibi_slopes.dtype))  # float64 calls stay exact
-        slope = -masks.distances(x, L, S) * slopes[:, :, None, None]
-        bias = slope if bias is None else bias + slope
-    if bias is None:
-        return seen
-    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
