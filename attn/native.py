@@ -32,8 +32,12 @@ _OPERANDS = (  # the fields of `attn.spec.Operands`, in their order
 )
 _PLAIN = "Tensor q, Tensor k, Tensor v, int left, int right, bool end, float scale, float softcap"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+NO_WEIGHTS, MEAN, HEADS = range(3)
+WEIGHTS = {"": NO_WEIGHTS, "mean": MEAN, "heads": HEADS}
+"""What the ops take as `weights`, by the words of `AttentionSpec.weights`: none, averaged over the heads, per head."""
+
 PASSES = (  # of every library
-    # weights: 0 none, 1 averaged over the heads, 2 per head. out, m, l, weights; None for what is not asked for.
+    # out, m, l, weights; None for what is not asked for.
     f"forward({_OPERANDS}, int weights, bool residuals) -> {_FOUR}",
     f"weights(Tensor m, Tensor l, {_OPERANDS}, bool average) -> Tensor",
     "backward(Tensor d_out, Tensor? d_lse, Tensor? d_weights, Tensor out, Tensor m, Tensor l, "

@@ -14,9 +14,6 @@ from attn import native
 from attn.backends.base import Backend, Capability, Forward, Gradients
 from attn.spec import AttentionSpec, DecodeOperands, Operands
 
-NO_WEIGHTS, MEAN, HEADS = range(3)
-"""What `native.forward` takes as `weights`."""
-
 SLOWER = frozenset(
     {
         *((isa, torch.float64, "inference") for isa in native.SETS),  # one plain float64 kernel serves them all
@@ -56,12 +53,12 @@ class CpuBackend(Backend):
 
     def forward(self, x: Operands) -> Forward:
         """See `Backend.forward`."""
-        out, m, l, _ = _forward(x, NO_WEIGHTS)
+        out, m, l, _ = _forward(x, native.NO_WEIGHTS)
         return out, m, l
 
     def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
         """Without residuals, weights in the same pass."""
-        wanted = _WANTED[weights]
+        wanted = native.WEIGHTS[weights]
         if not _is_plain(x):
             out, _, _, w = native.forward(*x, wanted, False)
             return out, w
@@ -77,7 +74,7 @@ class CpuBackend(Backend):
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass for both."""
-        return _forward(x, MEAN if average else HEADS)
+        return _forward(x, native.MEAN if average else native.HEADS)
 
     def backward(
         self,
@@ -101,9 +98,6 @@ class CpuBackend(Backend):
         """See `Backend.decode`."""
         result: tuple[Tensor, Tensor] = native.decode(*x)
         return result
-
-
-_WANTED = {"": NO_WEIGHTS, "mean": MEAN, "heads": HEADS}
 
 
 def _forward(x: Operands, weights: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn import native_cuda
+from attn import native, native_cuda
 from attn.backends.base import Backend, Capability, Forward, Gradients
 from attn.spec import AttentionSpec, DecodeOperands, Operands
-
-NO_WEIGHTS, MEAN, HEADS = range(3)
-"""What `native_cuda.forward` takes as `weights`."""
 
 OLDEST = 80
 
@@ -52,12 +49,12 @@ class CudaBackend(Backend):
 
     def forward(self, x: Operands) -> Forward:
         """See `Backend.forward`."""
-        out, m, l, _ = native_cuda.forward(*_taken(x), NO_WEIGHTS, True)
+        out, m, l, _ = native_cuda.forward(*_taken(x), native.NO_WEIGHTS, True)
         return out, m, l
 
     def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
         """Without residuals, weights after it."""
-        wanted = {"": NO_WEIGHTS, "mean": MEAN, "heads": HEADS}[weights]
+        wanted = native.WEIGHTS[weights]
         out, _, _, w = native_cuda.forward(*_taken(x), wanted, False)
         return out, w
 
@@ -69,7 +66,7 @@ class CudaBackend(Backend):
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One call for both."""
         result: tuple[Tensor, Tensor, Tensor, Tensor]
-        result = native_cuda.forward(*_taken(x), MEAN if average else HEADS, True)
+        result = native_cuda.forward(*_taken(x), native.MEAN if average else native.HEADS, True)
         return result
 
     def backward(
