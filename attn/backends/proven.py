@@ -63,7 +63,8 @@ _is_stamped._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def stamped() -> frozenset[str]:
     """What `python -m attn verify` has seen pass on this machine as it is now, an entry a line."""
-    found = user_cache.read(STAMPS).get(machine())
+    stamps = user_cache.read(STAMPS)
+    found = stamps.get(machine()) if stamps else None  # to name the machine costs a second, and most have no stamp
     return frozenset(map(str, found)) if isinstance(found, list) else frozenset()
 
 
