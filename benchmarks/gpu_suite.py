@@ -29,7 +29,7 @@ from attn.backends import load
 from attn.benchmarks import gpu_timing
 from attn.benchmarks.machine import clocks, machine
 from attn.spec import Operands, arch_of
-from attn.testing import assert_case, assert_verdicts, cases, laws
+from attn.testing import assert_case, assert_verdicts, cases, laws, verify
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PASSES = {"attention": ("forward", "backward"), "varlen": ("forward", "backward"), "decode": ("decode",)}
@@ -78,11 +78,11 @@ class Suite:
 
 def matrix(suite: Suite) -> None:
     """Random cases of every feature at real sizes, then what no case can show."""
-    sizes = (1, 31, 33, 40) if suite.small else (1, 127, 128, 129, 255, 257, 500, 640, 1024)
-    dims = (8, 20) if suite.small else (16, 32, 64, 80, 96, 100, 128, 160, 192, 256)
+    sizes = (1, 31, 33, 40) if suite.small else verify.DEEP_LENGTHS
+    dims = (8, 20) if suite.small else verify.DEEP_HEAD_DIMS
     for op in PASSES:
         for dtype in DTYPES:
-            count = 1 if suite.small else 40 if op == "attention" else 12
+            count = 1 if suite.small else verify.DEEP_CASES[op]
             for case in cases(count, 1, ops=(op,), dtypes=(dtype,), device=suite.device, sizes=sizes, head_dims=dims):
                 if suite.late(0.5):
                     return

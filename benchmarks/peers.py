@@ -15,8 +15,8 @@ from attn import planner
 from attn.backends import load
 from attn.benchmarks import peers_libraries, peers_torch
 from attn.benchmarks.problem import Absent, Call, Problem, batched, packed
-from attn.spec import UNBOUNDED, AttentionSpec, DecodeOperands
-from attn.testing.public import mask_of
+from attn.spec import AttentionSpec, DecodeOperands
+from attn.testing.public import decode_options, mask_of
 
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -86,18 +86,8 @@ def ours(p: Problem, backend: str) -> Call:
     """The public function of that kind of call."""
     x = p.x
     if isinstance(x, DecodeOperands):
-        return lambda: attn.decode_attention(
-            x.q,
-            x.k_cache,
-            x.v_cache,
-            lengths=x.lengths,
-            block_table=x.block_table,
-            window=None if x.left == UNBOUNDED else (x.left, 0),
-            alibi_slopes=x.alibi_slopes,
-            scale=x.scale,
-            softcap=x.softcap or None,
-            backend=backend,
-        )
+        options = decode_options(x)
+        return lambda: attn.decode_attention(x.q, x.k_cache, x.v_cache, backend=backend, **options)
     common: dict[str, Any] = {"scale": x.scale, "softcap": x.softcap or None, "alibi_slopes": x.alibi_slopes}
     common |= {"backend": backend, "mask": mask_of(x._replace(cu_seqlens_q=None, cu_seqlens_k=None))}
     if x.cu_seqlens_q is None:

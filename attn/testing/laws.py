@@ -20,7 +20,7 @@ from torch import Tensor
 from attn import reference
 from attn.backends import load
 from attn.spec import Operands
-from attn.testing.tolerance import Exact, Verdict, compare
+from attn.testing.tolerance import Exact, Verdict, coarsest, compare
 
 
 def check(backend: str, x: Operands, d_out: Tensor, *, bias_grad: bool = False) -> list[Verdict]:
@@ -43,7 +43,7 @@ def values_gradient(x: Operands, dv: Tensor, d_out: Tensor, l: Tensor) -> Verdic
     g = d_out.double().masked_fill((l == 0)[..., None], 0.0)
     want = reference.per_key_head(x, g).sum(2)
     size = reference.per_key_head(x, g.abs()).sum(2)
-    return _law("sum of dv", dv, dv.double().sum(2), want, size, size * _score_error(x))
+    return _law("sum of dv", dv.dtype, dv.double().sum(2), want, size, size * _score_error(x))
 
 
 def bias_rows(x: Operands, d_bias: Tensor, d_out: Tensor, d_lse: Tensor | None = None) -> Verdict:
@@ -53,8 +53,8 @@ def bias_rows(x: Operands, d_bias: Tensor, d_out: Tensor, d_lse: Tensor | None =
     if d_lse is not None:
         want = d_lse.double()[..., None].sum_to_size(*d_bias.shape[:3], 1)[..., 0]
     size = _slope_size(x, d_out)[..., None].sum_to_size(*d_bias.shape[:3], 1)[..., 0]
-    coarser = max(d_bias, x.q, key=lambda t: torch.finfo(t.dtype).eps)  # out was rounded to q's dtype before delta
-    return _law("rows of d_bias", coarser, got, want, size, size * _score_error(x))
+    dtype = coarsest(d_bias, x.q)  # out was rounded to q's dtype before delta
+    return _law("rows of d_bias", dtype, got, want, size, size * _score_error(x))
 
 
 def products(x: Operands, dq: Tensor, dk: Tensor, d_out: Tensor) -> Verdict:
@@ -65,13 +65,13 @@ def products(x: Operands, dq: Tensor, dk: Tensor, d_out: Tensor) -> Verdict:
     longest = _norm(k).amax((1, 2))[:, None, None] if k.numel() else k.new_zeros(k.shape[0], 1, 1)
     rows = _slope_size(x, d_out) * abs(x.scale) * _norm(q) * longest
     size = reference.per_key_head(x, rows.square().sum(2)[:, :, None, None])[..., 0, 0].sqrt()
-    return _law("sum q dq - sum k dk", dq, got, want, size, size)
+    return _law("sum q dq - sum k dk", dq.dtype, got, want, size, size)
 
 
 def unit_values(x: Operands, out: Tensor, l: Tensor) -> Verdict:
     """For a call with v = 1: out = 1 in alive rows, 0 in dead ones."""
     want = (l != 0).double()[..., None].expand(out.shape)
-    return _law("out for v = 1", out, out.double(), want, want, want * _score_error(x))
+    return _law("out for v = 1", out.dtype, out.double(), want, want, want * _score_error(x))
 
 
 def running_mean(x: Operands, out: Tensor) -> Verdict:
@@ -79,19 +79,19 @@ def running_mean(x: Operands, out: Tensor) -> Verdict:
     v = reference.per_query_head(x, x.v.double())[:, :, : out.shape[2]]
     count = torch.arange(1, v.shape[2] + 1, device=v.device, dtype=v.dtype).view(1, 1, -1, 1)
     size = v.abs().cumsum(2) / count
-    return _law("running mean", out, out.double(), v.cumsum(2) / count, size, size)
+    return _law("running mean", out.dtype, out.double(), v.cumsum(2) / count, size, size)
 
 
 def weight_sums(x: Operands, weights: Tensor, l: Tensor) -> Verdict:
     """Rows of the per-head weights sum to 1, dead ones to 0."""
     want = (l != 0).double()
-    return _law("sum of weights", weights, weights.double().sum(-1), want, want, want * _score_error(x))
+    return _law("sum of weights", weights.dtype, weights.double().sum(-1), want, want, want * _score_error(x))
 
 
-def _law(name: str, computed: Tensor, got: Tensor, want: Tensor, rounding: Tensor, exponent: Tensor) -> Verdict:
-    """got against want, with the epsilon of the tensor it was computed from."""
+def _law(name: str, dtype: torch.dtype, got: Tensor, want: Tensor, rounding: Tensor, exponent: Tensor) -> Verdict:
+    """got against want, with the epsilon of what it was computed from."""
     exact = Exact(want.to(got), rounding, exponent, rounding, gradient=True)
-    return compare(name, got, exact, dtype=computed.dtype)
+    return compare(name, got, exact, dtype=dtype)
 
 
 def _slope_size(x: Operands, d_out: Tensor) -> Tensor:

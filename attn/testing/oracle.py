@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attn import masks, reference
 from attn.spec import DecodeOperands, Operands
-from attn.testing.tolerance import Exact, Verdict, assert_verdicts, compare
+from attn.testing.tolerance import Exact, Verdict, assert_verdicts, coarsest, compare
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(d_out, d_lse, d_weights): what comes from above into backward."""
@@ -67,7 +67,8 @@ def assert_gradients(
 ) -> list[Verdict]:
     """Hold gradients against `oracle(...)`; `gate` for ordinary data. Raises AssertionError; else verdicts."""
     found = {"dq": dq, "dk": dk, "dv": dv, "d_bias": d_bias}
-    coarse = max((t.dtype for t in (dq, dk, dv) if t is not None), key=lambda d: torch.finfo(d).eps, default=None)
+    given = [t for t in (dq, dk, dv) if t is not None]
+    coarse = coarsest(*given) if given else None
     verdicts = [
         compare(n, t, exact[n], gate, tf32, coarse if n == "d_bias" else None)
         for n, t in found.items()

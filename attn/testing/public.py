@@ -108,18 +108,18 @@ def _varlen(x: Operands, leaves: list[Tensor], common: dict[str, Any]) -> tuple[
     return out.transpose(0, 1)[None], lse[None]
 
 
+def decode_options(x: DecodeOperands) -> dict[str, Any]:
+    """The keyword arguments that `attn.decode_attention` makes these operands of."""
+    return {
+        "lengths": x.lengths,
+        "block_table": x.block_table,
+        "window": None if x.left == UNBOUNDED else (x.left, 0),
+        "alibi_slopes": x.alibi_slopes,
+        "scale": x.scale,
+        "softcap": x.softcap or None,
+    }
+
+
 def _decode(x: DecodeOperands, backend: str | None) -> Results:
-    out, lse = packed.decode_attention(
-        x.q,
-        x.k_cache,
-        x.v_cache,
-        lengths=x.lengths,
-        block_table=x.block_table,
-        window=None if x.left == UNBOUNDED else (x.left, 0),
-        alibi_slopes=x.alibi_slopes,
-        scale=x.scale,
-        softcap=x.softcap or None,
-        return_lse=True,
-        backend=backend,
-    )
+    out, lse = packed.decode_attention(x.q, x.k_cache, x.v_cache, return_lse=True, backend=backend, **decode_options(x))
     return Results(out, lse)

@@ -17,7 +17,7 @@ from attn.spec import AttentionSpec, DecodeOperands, Operands
 from attn.testing.cases import Case
 from attn.testing.observe import PoisonedEmpty
 from attn.testing.oracle import NO_GRADIENTS, Gradients, oracle
-from attn.testing.tolerance import Exact, Verdict, assert_verdicts, compare
+from attn.testing.tolerance import Exact, Verdict, assert_verdicts, coarsest, compare
 
 
 @dataclass
@@ -70,8 +70,8 @@ def judge(case: Case, results: Results, x: Operands | DecodeOperands | None = No
         found = getattr(results, name)
         if found is not None:
             gate = case.gated and name not in ("lse", "weights")
-            coarser = max(x.q, found, key=lambda t: torch.finfo(t.dtype).eps).dtype if name == "d_bias" else None
-            verdicts.append(compare(name, found, exact[name], gate, tf32, coarser))
+            dtype = coarsest(x.q, found) if name == "d_bias" else None
+            verdicts.append(compare(name, found, exact[name], gate, tf32, dtype))
     if results.m is not None and results.l is not None:
         verdicts += judge_residuals(exact, results.m, results.l, tf32)
     return verdicts

@@ -92,6 +92,11 @@ def units(dtype: torch.dtype, tf32: bool = False) -> tuple[float, float, float]:
     return max(info.eps, eps_scores), eps_scores, max(single.tiny, info.tiny * info.eps)
 
 
+def coarsest(*tensors: Tensor) -> torch.dtype:
+    """The dtype with the largest epsilon: all that a computation on these tensors can reach."""
+    return max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def compare(
     name: str,
     actual: Tensor,

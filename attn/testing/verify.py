@@ -10,7 +10,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -114,7 +114,7 @@ def _of(backend: str, where: dict[str, str], deep: bool) -> Iterator[Check]:
                 some = {"ops": (op,), "dtypes": (dtype,), "sizes": DEEP_LENGTHS, "head_dims": DEEP_HEAD_DIMS}
                 for case in cases(count, 1, device=where["device"], **some):  # type: ignore[arg-type]
                     spec = case.spec._replace(arch=where["arch"])
-                    yield Check(backend, f"random {op}", Case(**{**vars(case), "spec": spec}))
+                    yield Check(backend, f"random {op}", replace(case, spec=spec))
 
 
 def replay(line: str, backends: tuple[str, ...] = ()) -> Iterator[Check]:
