@@ -218,7 +218,7 @@ def _decoding(name: str, dtype: torch.dtype, kv_heads: int, new: int, target: fl
     )
     ours = functools.partial(attn.decode_attention, q, k, v, lengths=lengths)
     torch_ms, attn_ms = race(theirs, ours, seconds)
-    read_ms = race(k.view(torch.int32).sum, v.view(torch.int32).sum, seconds / 4)
+    read_ms = race(k.view(torch.float32).sum, v.view(torch.float32).sum, seconds / 4)
     return Row(name, "cpu", torch_ms, attn_ms, 0.0, sum(read_ms) / attn_ms, target)
 
 
