@@ -144,13 +144,14 @@ def notes(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Our best against each peer, by kind and pass: the geometric mean of the ratios of medians."""
+    """Our best against each peer, by kind and pass: the geometric mean over works of the median ratio of a round."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for f in found:
-        ours = [r["p50_ms"] for r in f["rows"] if r["ours"] and r["p50_ms"] is not None]
+        ours = min((r for r in f["rows"] if r["ours"] and r["ms"]), key=lambda r: r["p50_ms"], default=None)
         for r in f["rows"]:
-            if ours and not r["ours"] and r["p50_ms"] is not None:
-                ratios.setdefault((f"{f['kind']} {f['what']}", r["contender"]), []).append(r["p50_ms"] / min(ours))
+            if ours and not r["ours"] and r["ms"]:
+                ratio = statistics.median(theirs / own for theirs, own in zip(r["ms"], ours["ms"], strict=True))
+                ratios.setdefault((f"{f['kind']} {f['what']}", r["contender"]), []).append(ratio)
     rows = [
         (what, peer, f"{statistics.geometric_mean(r):.2f} x", f"{min(r):.2f}", f"{max(r):.2f}", str(len(r)))
         for (what, peer), r in ratios.items()

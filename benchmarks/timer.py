@@ -18,6 +18,9 @@ import torch
 Run = Callable[[], object]
 LAST_LEVEL = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 FLUSHED_WITHOUT_ANSWER = 32 << 20
+SHARED_FROM = 64 << 20
+"""Bytes of a last-level cache above which it serves many cores: a part of that size is flushed, or a sample would take
+longer to prepare than to time."""
 PEAK, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -25,7 +28,7 @@ class CpuTimer:
     """Wall-clock time of single calls."""
 
     def __init__(self) -> None:
-        self.flushed = torch.empty(2 * _last_level_cache(), dtype=torch.uint8)
+        self.flushed = torch.empty(2 * min(_last_level_cache(), SHARED_FROM), dtype=torch.uint8)
 
     def now(self) -> float:
         """Seconds, for budgets."""
