@@ -8,7 +8,9 @@ import inspect
 import re
 import runpy
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,9 @@ MODULES = sorted(
     for path in (ROOT / "attn").rglob("*.py")
     if ">>> " in path.read_text()
 )
+
+LIBRARY_OF = {"integrations.md": "transformers"}
+"""What the snippets of a page need beyond this package."""
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the source tree is not here")
 
@@ -43,9 +48,17 @@ def test_snippets_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(namespace["model"], nn.TransformerEncoder)
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: page.name)
+def pages_with_snippets() -> Iterator[Any]:
+    """Those that need another library are slow: its import takes long."""
+    for page in sorted(ROOT.glob("docs/**/*.md")):
+        yield pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in LIBRARY_OF else [])
+
+
+@pytest.mark.parametrize("page", pages_with_snippets())
 def test_snippets_of_the_documents_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In order, in one namespace; a text block right after a snippet is what it prints."""
+    if library := LIBRARY_OF.get(page.name):
+        pytest.importorskip(library)
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.DOTALL)
     for snippet, printed in blocks:
