@@ -9,7 +9,8 @@
 | `layers`, `stacks` | encoder and decoder, parameters as in `torch.nn` |
 | `convert` | from and to `torch.nn` |
 | `cache` | keys and values of decoded tokens, contiguous or paged |
-| `embedding`, `gpt`, `bert`, `seq2seq` | models |
+| `embedding`, `token_model` | what the models share |
+| `gpt`, `bert`, `seq2seq` | models |
 | `search` | greedy and beam search |
 """
 

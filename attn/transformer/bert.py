@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attn.transformer.config import LayerConfig, positive
-from attn.transformer.embedding import TokenEmbedding
+from attn.transformer.config import LayerConfig
 from attn.transformer.norms import make_norm
-from attn.transformer.positions import scheme
 from attn.transformer.stacks import Encoder
+from attn.transformer.token_model import TokenModel, placed
 
 
-class BERT(nn.Module):
+class BERT(TokenModel):
     """Tokens in, scores of what each token was before it was hidden out (Devlin et al., 2019).
 
     Args:
@@ -29,12 +26,9 @@ class BERT(nn.Module):
     def __init__(
         self, vocab_size: int, config: LayerConfig, num_layers: int, max_len: int, positions: str = "learned"
     ) -> None:
-        super().__init__()
-        config = dataclasses.replace(config, causal=False, batch_first=True)
-        where = scheme(positions, config, positive("max_len", max_len))
-        self.config, self.max_len = dataclasses.replace(config, rotary=where.rotary), max_len
-        self.embedding = TokenEmbedding(vocab_size, config.d_model, where.features, config.dropout)
-        self.stack = Encoder(self.config, num_layers, position_bias=where.bias)
+        config, where = placed(config, positions, max_len, causal=False)
+        super().__init__(vocab_size, config, max_len, where.features)
+        self.stack = Encoder(config, num_layers, position_bias=where.bias)
         self.transform = nn.Linear(config.d_model, config.d_model)
         self.norm = make_norm(config)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
@@ -44,11 +38,7 @@ class BERT(nn.Module):
 
         Raises TypeError and ValueError for tokens that are none, and for more of them than max_len.
         """
-        if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] > self.max_len:
-            raise ValueError(
-                f"tokens: a sequence of {tokens.shape[1]} is longer than max_len={self.max_len} of the model"
-            )
-        out: Tensor = self.stack(self.embedding(tokens), src_key_padding_mask=padding)
+        out: Tensor = self.stack(self._embed(tokens), src_key_padding_mask=padding)
         return out
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from attn.transformer.attention import check_inference
 from attn.transformer.cache import KVCache
 from attn.transformer.config import LayerConfig, one_of, positive
-from attn.transformer.embedding import TokenEmbedding, check_tokens
-from attn.transformer.positions import scheme
 from attn.transformer.stacks import Encoder
+from attn.transformer.token_model import CausalModel, placed
 
 CACHES = ("static", "paged", "none")
 
 
-class GPT(nn.Module):
+class GPT(CausalModel):
     """Tokens in, scores of the next token out (Radford et al., 2018).
 
     Args:
@@ -29,23 +24,21 @@ class GPT(nn.Module):
         positions: a scheme by name, see `scheme`.
     """
 
+    stack: Encoder
+
     def __init__(
         self, vocab_size: int, config: LayerConfig, num_layers: int, max_len: int, positions: str = "learned"
     ) -> None:
-        super().__init__()
-        config = dataclasses.replace(config, causal=True, batch_first=True)
-        where = scheme(positions, config, positive("max_len", max_len))
-        self.config, self.max_len = dataclasses.replace(config, rotary=where.rotary), max_len
-        self.embedding = TokenEmbedding(vocab_size, config.d_model, where.features, config.dropout)
-        self.stack = Encoder(self.config, num_layers, position_bias=where.bias, final_norm=True)
+        config, where = placed(config, positions, max_len, causal=True)
+        super().__init__(vocab_size, config, max_len, where.features)
+        self.stack = Encoder(config, num_layers, position_bias=where.bias, final_norm=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores (N, L, vocab_size) of the token after each of `tokens` (N, L).
 
         Raises TypeError and ValueError for tokens that are none, and for more of them than max_len.
         """
-        self._check(tokens, 0)
-        return self._scores(self.stack(self.embedding(tokens)))
+        return self._scores(self.stack(self._embed(tokens)))
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """`forward` on tokens (N, L) behind those in the cache, which grows by them.
@@ -53,22 +46,7 @@ class GPT(nn.Module):
         Raises as `forward`, ValueError for a cache that does not fit or overflows, RuntimeError in training and where
         gradients would be lost.
         """
-        self._check(tokens, cache.used)
-        check_inference(self, self.embedding.weight)
-        cache.check(self.config, len(self.stack.layers), tokens.shape[0])
-        x = self.embedding(tokens, cache.positions(tokens.shape[1]))
-        return self._scores(self.stack.step(x, cache))
-
-    def new_cache(self, batch: int, capacity: int | None = None, **pages: int | None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (max_len if None).
-
-        `pages` are `block_size` and `blocks` of `KVCache`. Raises ValueError for a capacity beyond max_len.
-        """
-        capacity = self.max_len if capacity is None else capacity
-        if capacity > self.max_len:
-            raise ValueError(f"capacity is {capacity}; the model's max_len is {self.max_len}")
-        w = self.embedding.weight
-        return KVCache(self.config, len(self.stack.layers), batch, capacity, dtype=w.dtype, device=w.device, **pages)
+        return self._scores(self.stack.step(self._embed_next(tokens, cache), cache))
 
     @torch.no_grad()
     def generate(
@@ -111,16 +89,6 @@ class GPT(nn.Module):
             given = _drawn(scores[:, -1], temperature, top_k, generator)
             tokens = torch.cat((tokens, given), 1)
         return tokens
-
-    def _scores(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embedding.weight)
-
-    def _check(self, tokens: Tensor, more: int) -> None:
-        check_tokens("tokens", tokens, self.embedding.vocab_size)
-        if tokens.shape[1] + more > self.max_len:
-            raise ValueError(
-                f"tokens: a sequence of {tokens.shape[1] + more} is longer than max_len={self.max_len} of the model"
-            )
 
 
 def _drawn(scores: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+from torch import Tensor
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from attn.transformer.attention import check_inference
 from attn.transformer.cache import KVCache, Memory
-from attn.transformer.config import LayerConfig, positive
-from attn.transformer.embedding import TokenEmbedding
+from attn.transformer.config import LayerConfig
 from attn.transformer.layers import Pair
-from attn.transformer.positions import Scheme, scheme
 from attn.transformer.stacks import Decoder, Encoder
+from attn.transformer.token_model import CausalModel, TokenModel, placed
 
 
-class CrossDecoder(nn.Module):
+class CrossDecoder(CausalModel):
     """A causal decoder of tokens with cross-attention to a memory: text from image patches, for example.
 
     Args:
@@ -29,6 +24,8 @@ class CrossDecoder(nn.Module):
         vdim: see kdim.
     """
 
+    stack: Decoder
+
     def __init__(
         self,
         vocab_size: int,
@@ -40,10 +37,8 @@ class CrossDecoder(nn.Module):
         kdim: int | None = None,
         vdim: int | None = None,
     ) -> None:
-        super().__init__()
-        config, where = _placed(dataclasses.replace(config, causal=True), positions, max_len)
-        self.config, self.max_len = config, max_len
-        self.embedding = TokenEmbedding(vocab_size, config.d_model, where.features, config.dropout)
+        config, where = placed(config, positions, max_len, causal=True)
+        super().__init__(vocab_size, config, max_len, where.features)
         self.stack = Decoder(config, num_layers, position_bias=where.bias, final_norm=True, kdim=kdim, vdim=vdim)
 
     def forward(self, tokens: Tensor, memory: Tensor | Pair, memory_padding: Tensor | None = None) -> Tensor:
@@ -56,9 +51,7 @@ class CrossDecoder(nn.Module):
 
         Returns (N, L, vocab_size). Raises TypeError and ValueError for tokens that are none, and for more than max_len.
         """
-        self._check(tokens, 0)
-        x = self.stack(self.embedding(tokens), memory, memory_key_padding_mask=memory_padding)
-        return F.linear(x, self.embedding.weight)
+        return self._scores(self.stack(self._embed(tokens), memory, memory_key_padding_mask=memory_padding))
 
     def remember(self, memory: Tensor | Pair, memory_padding: Tensor | None = None) -> list[Memory]:
         """The memory's keys and values, projected once, for `step`."""
@@ -70,31 +63,10 @@ class CrossDecoder(nn.Module):
         Raises as `forward`, ValueError for a cache that does not fit or overflows, RuntimeError in training and where
         gradients would be lost.
         """
-        self._check(tokens, cache.used)
-        check_inference(self, self.embedding.weight)
-        cache.check(self.config, len(self.stack.layers), tokens.shape[0])
-        x = self.stack.step(self.embedding(tokens, cache.positions(tokens.shape[1])), cache, memories)
-        return F.linear(x, self.embedding.weight)
-
-    def new_cache(self, batch: int, capacity: int | None = None, **pages: int | None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (max_len if None).
-
-        `pages` are `block_size` and `blocks` of `KVCache`. Raises ValueError for a capacity beyond max_len.
-        """
-        capacity = self.max_len if capacity is None else capacity
-        if capacity > self.max_len:
-            raise ValueError(f"capacity is {capacity}; the model's max_len is {self.max_len}")
-        w = self.embedding.weight
-        return KVCache(self.config, len(self.stack.layers), batch, capacity, dtype=w.dtype, device=w.device, **pages)
-
-    def _check(self, tokens: Tensor, before: int) -> None:
-        if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] + before > self.max_len:
-            raise ValueError(
-                f"tokens: a sequence of {tokens.shape[1] + before} is longer than max_len={self.max_len} of the model"
-            )
+        return self._scores(self.stack.step(self._embed_next(tokens, cache), cache, memories))
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(TokenModel):
     """Source tokens in, scores of target tokens out (Vaswani et al., 2017).
 
     Args:
@@ -115,11 +87,9 @@ class EncoderDecoder(nn.Module):
         max_len: int,
         positions: str = "sinusoidal",
     ) -> None:
-        super().__init__()
-        inner, where = _placed(dataclasses.replace(config, causal=False), positions, max_len)
-        self.max_len = max_len
-        self.embedding = TokenEmbedding(source_vocab, config.d_model, where.features, config.dropout)
-        self.encoder = Encoder(inner, num_layers, position_bias=where.bias, final_norm=True)
+        both_ways, where = placed(config, positions, max_len, causal=False)
+        super().__init__(source_vocab, both_ways, max_len, where.features)
+        self.encoder = Encoder(both_ways, num_layers, position_bias=where.bias, final_norm=True)
         self.decoder = CrossDecoder(target_vocab, config, num_layers, max_len, positions)
 
     def encode(self, source: Tensor, source_padding: Tensor | None = None) -> Tensor:
@@ -127,20 +97,10 @@ class EncoderDecoder(nn.Module):
 
         Raises TypeError and ValueError for tokens that are none, and for more of them than max_len.
         """
-        if isinstance(source, Tensor) and source.dim() == 2 and source.shape[1] > self.max_len:
-            raise ValueError(
-                f"source: a sequence of {source.shape[1]} is longer than max_len={self.max_len} of the model"
-            )
-        out: Tensor = self.encoder(self.embedding(source, name="source"), src_key_padding_mask=source_padding)
+        out: Tensor = self.encoder(self._embed(source, "source"), src_key_padding_mask=source_padding)
         return out
 
     def forward(self, source: Tensor, tokens: Tensor, source_padding: Tensor | None = None) -> Tensor:
         """Scores (N, L, target_vocab) of the token after each of the target's `tokens` (N, L)."""
         out: Tensor = self.decoder(tokens, self.encode(source, source_padding), source_padding)
         return out
-
-
-def _placed(config: LayerConfig, positions: str, max_len: int) -> tuple[LayerConfig, Scheme]:
-    config = dataclasses.replace(config, batch_first=True)
-    where = scheme(positions, config, positive("max_len", max_len))
-    return dataclasses.replace(config, rotary=where.rotary), where
