@@ -80,7 +80,10 @@ def replace(
         _warn("attn.replace left as they were:\n  " + "\n  ".join(left))
     elif not found:
         beyond = " outside of what exclude names" if skipped else ""
-        _warn(f"attn.replace: {type(model).__name__} holds no nn.MultiheadAttention{beyond}; nothing was replaced")
+        _warn(
+            f"attn.replace: {type(model).__name__} holds no nn.MultiheadAttention{beyond}; nothing was replaced. "
+            "Models that call F.scaled_dot_product_attention: attn.integrations.sdpa_override()"
+        )
     return model
 
 
