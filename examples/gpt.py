@@ -19,15 +19,6 @@ LENGTH = 128
 PROMPT = "If the argument is a class, the method "
 
 
-def bigram_bits(manual: Manual) -> float:
-    """Bits per held-out character of a model that knows the character before: counts, smoothed by one."""
-    V = len(manual.letters)
-    counts = torch.ones(V, V)
-    counts.view(-1).index_add_(0, manual.train[:-1] * V + manual.train[1:], torch.ones(len(manual.train) - 1))
-    odds = (counts / counts.sum(1, keepdim=True)).log2()
-    return -float(odds[manual.held_out[:-1], manual.held_out[1:]].mean())
-
-
 def bits(model: tf.GPT, pieces: Tensor) -> float:
     """Bits per held-out character; the first ones of each piece have little to go by, and count too."""
     loss = F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
@@ -67,7 +58,7 @@ def main() -> None:
     per_second = speed(model, prompt, 32 if given.quick else 400)
     print(", ".join(f"cache {name}: {value:.0f} characters per second" for name, value in per_second.items()))
 
-    baseline = bigram_bits(manual)
+    baseline = manual.bigram_bits()
     plot(given.out / "gpt.png", {"GPT": seen}, {"bigrams": baseline}, "bits per held-out character")
     print(f"bits per held-out character: GPT {seen[-1][1]:.3f}, bigrams {baseline:.3f}")
 

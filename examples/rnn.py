@@ -53,8 +53,8 @@ def main() -> None:
     curves: dict[str, list[tuple[int, float]]] = {}
     lines = []
     for name, make in models(len(manual.letters)).items():
-        torch.manual_seed(given.seed)
         model = make()
+        torch.manual_seed(given.seed)  # the same batches for each
         size = sum(p.numel() for p in model.parameters())
         print(f"{name}: {size} parameters")
 
@@ -69,8 +69,10 @@ def main() -> None:
         curves[name] = train(model, loss, steps, given.seconds / 4, every=steps // 5, check=bits)
         used = time.process_time() - start
         lines.append(f"{name}: {curves[name][-1][1]:.3f} bits per held-out character, {used:.0f} s of processor time")
-    plot(given.out / "rnn.png", curves, {}, "bits per held-out character")
+    baseline = manual.bigram_bits()
+    plot(given.out / "rnn.png", curves, {"bigrams": baseline}, "bits per held-out character")
     print("\n".join(lines))
+    print(f"bigrams: {baseline:.3f} bits per held-out character")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {  # the packages that it needs, and its last line
     "gpt": ((), r"bits per held-out character: GPT \d\.\d{3}, bigrams 3\.\d{3}"),
     "bert": ((), r"accuracy at \d+ chosen characters: BERT 0\.\d{3}, most frequent 0\.\d{3}"),
-    "rnn": ((), r"RNN: \d\.\d{3} bits per held-out character, \d+ s of processor time"),
+    "rnn": ((), r"bigrams: 3\.\d{3} bits per held-out character"),
     "multimodal": (
         ("sklearn",),
         r"names spelled right, of 360 held-out digits: cross-attention \d\.\d{3}, most frequent 0\.\d{3}, "
