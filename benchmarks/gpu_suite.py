@@ -1,12 +1,15 @@
 """Everything that has to be seen on a GPU, in one command and under 8 minutes: `python -m attn.benchmarks.gpu_suite`.
 
-1. The feature matrix at real sizes against float64, long sequences and tensors beyond 2^31 elements by laws, bitwise
-   repeats, other streams, CUDA-graph replay with fresh dropout, torch.compile.
-2. Timings beside every kernel of PyTorch's `scaled_dot_product_attention` and FlexAttention, interleaved in one run.
+1. For each of our backends for GPUs: long sequences and tensors beyond 2^31 elements by laws, bitwise repeats, other
+   streams, CUDA-graph replay with fresh dropout, torch.compile; then the feature matrix at real sizes against float64.
+2. compute-sanitizer on a few cases, where it is installed.
+3. Every preset of `bench` beside every kernel of PyTorch's `scaled_dot_product_attention`, FlexAttention and what
+   libraries are installed, in races.
 
-Single failures are recorded and do not end it. It writes one JSON and prints a short table last. Entries for
-`attn/backends/proven.py` are printed where every cell of an architecture passed. Without a GPU it runs in small, in
-Triton's interpreter (TRITON_INTERPRET=1), which tests the suite and times nothing of interest.
+Single failures are recorded and do not end it. It writes one JSON, which `bench --compare` reads too, and prints a
+short table last; `--plot FOLDER` draws the JSON afterwards. Entries for `attn/backends/proven.py` are printed where
+every cell of an architecture ran and passed. Without a GPU it runs in small, in Triton's interpreter
+(TRITON_INTERPRET=1), which tests the suite and times nothing of interest.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ from typing import Any
 import torch
 
 import attn
-from attn.backends import load
-from attn.benchmarks import gpu_timing
+from attn.backends import BACKENDS, load
+from attn.benchmarks import gpu_timing, report, sanitizer
 from attn.benchmarks.machine import clocks, machine
 from attn.spec import Operands, arch_of
-from attn.testing import assert_case, assert_verdicts, cases, laws, verify
+from attn.testing import assert_case, assert_verdicts, cases, laws, matrix, verify
 
+SECONDS = 460.0
+"""Time for the whole suite."""
+SHARES = {"matrix": 0.4, "sanitizer": 0.15}
+"""Of it at most; the timings have the rest."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PASSES = {"attention": ("forward", "backward"), "varlen": ("forward", "backward"), "decode": ("decode",)}
 
@@ -39,6 +46,7 @@ PASSES = {"attention": ("forward", "backward"), "varlen": ("forward", "backward"
 class Cell:
     """One check of the matrix."""
 
+    backend: str
     name: str
     dtype: str
     passes: tuple[str, ...]
@@ -53,11 +61,13 @@ class Suite:
 
     device: str
     backend: str
-    deadline: float
+    until: float
     small: bool
     cells: list[Cell] = field(default_factory=list)
+    left_out: int = 0
+    """Cells that no time was left for."""
 
-    def check(self, name: str, dtype: torch.dtype, passes: tuple[str, ...], run: Callable[[], None]) -> None:
+    def check(self, name: str, dtype: torch.dtype, passes: tuple[str, ...], run: Callable[[], object]) -> None:
         """Run one check and record how it went."""
         start, error = time.monotonic(), ""
         try:
@@ -67,32 +77,30 @@ class Suite:
             if not isinstance(what, AssertionError):
                 error += "\n" + traceback.format_exc(limit=-3)
         seconds = round(time.monotonic() - start, 3)
-        self.cells.append(Cell(name, str(dtype).removeprefix("torch."), passes, not error, seconds, error))
+        self.cells.append(
+            Cell(self.backend, name, str(dtype).removeprefix("torch."), passes, not error, seconds, error)
+        )
         if error:
-            print(f"FAILED {name}: {error.splitlines()[0]}", flush=True)
-
-    def late(self, share: float) -> bool:
-        """Whether this part of the time is used up."""
-        return time.monotonic() > self.deadline - (1 - share) * gpu_timing.SECONDS
+            print(f"FAILED {self.backend} {name}: {error.splitlines()[0]}", flush=True)
 
 
-def matrix(suite: Suite) -> None:
-    """Random cases of every feature at real sizes, then what no case can show."""
+def check_all(suite: Suite) -> None:
+    """What no case can show, then random cases of every feature at real sizes, until the time is over."""
+    for name, dtype, run in special(suite):
+        suite.check(name, dtype, ("forward", "backward"), run)
+    engine, arch = load(suite.backend), arch_of(suite.device, None)
     sizes = (1, 31, 33, 40) if suite.small else verify.DEEP_LENGTHS
     dims = (8, 20) if suite.small else verify.DEEP_HEAD_DIMS
     for op in PASSES:
         for dtype in DTYPES:
             count = 1 if suite.small else verify.DEEP_CASES[op]
             for case in cases(count, 1, ops=(op,), dtypes=(dtype,), device=suite.device, sizes=sizes, head_dims=dims):
-                if suite.late(0.5):
-                    return
-                suite.check(str(case), dtype, PASSES[op], lambda case=case: _assert(case, suite.backend))
-    for name, dtype, run in special(suite):
-        suite.check(name, dtype, ("forward", "backward"), run)
-
-
-def _assert(case: Any, backend: str) -> None:
-    assert_case(case, backend)
+                if engine.why_not(case.spec._replace(arch=arch)) is not None:
+                    continue
+                if time.monotonic() > suite.until:
+                    suite.left_out += 1
+                    continue
+                suite.check(str(case), dtype, PASSES[op], lambda case=case: assert_case(case, suite.backend))
 
 
 def special(suite: Suite) -> Iterator[tuple[str, torch.dtype, Callable[[], None]]]:
@@ -194,9 +202,20 @@ def _linear_laws(name: str, x: Operands) -> list[Any]:
     ]
 
 
+def sanitized_cases(backends: tuple[str, ...], device: str) -> int:
+    """What compute-sanitizer watches: a few small cases, each held against float64. Exit status 1 if one is wrong."""
+    where = {"device": device, "arch": arch_of(device, None)}
+    suites = [Suite(device, backend, 0.0, True) for backend in backends]
+    for suite in suites:
+        for name in sanitizer.SITUATIONS:
+            case = matrix.situation(name, torch.float32 if device == "cpu" else torch.bfloat16, **where)
+            suite.check(str(case), case.spec.dtype, (), lambda case=case, of=suite.backend: assert_case(case, of))
+    return 0 if all(cell.ok for suite in suites for cell in suite.cells) else 1
+
+
 def proven(suite: Suite) -> list[str]:
-    """Entries for `attn/backends/proven.py`: the passes of which every cell passed, by dtype."""
-    if suite.device == "cpu":
+    """Entries for `attn/backends/proven.py`: the passes of which every cell ran and passed, by dtype."""
+    if suite.device == "cpu" or suite.left_out:
         return []
     good: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for cell in suite.cells:
@@ -206,34 +225,97 @@ def proven(suite: Suite) -> list[str]:
     return [f'("{suite.backend}", "{arch}", torch.{d}, "{p}"),' for (d, p), oks in sorted(good.items()) if all(oks)]
 
 
+def backends_here() -> tuple[str, ...]:
+    """Ours for GPUs that work on this machine."""
+    return tuple(name for name in BACKENDS if load(name).needs_proof and load(name).missing is None)
+
+
+def plot(path: Path, folder: Path) -> None:
+    """Draw what the suite wrote: a PNG for each preset, of the published sweep one for each pass."""
+    from attn.benchmarks import plots
+
+    found = json.loads(path.read_text())
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in found["results"]:
+        if any(row["p50_ms"] for row in result["rows"]):
+            groups[result["preset"] + (f"-{result['what']}" if result["preset"] == "paper" else "")].append(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, results in groups.items():
+        plots.draw(found | {"results": results}, folder / f"{name}.png")
+        print(f"Figure: {folder / f'{name}.png'}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the suite. Exit status 1 if a check failed, 2 where the backend cannot run at all."""
+    """Runs the suite. Exit status 1 if a check failed, 2 where no backend can run at all."""
     parser = argparse.ArgumentParser(prog="python -m attn.benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, default=Path("gpu-suite.json"), help="where the results go")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="run nothing; draw what --json holds")
     parser.add_argument("--small", action="store_true", help="a few tiny cases, to test the suite itself")
-    parser.add_argument("--part", choices=("all", "matrix", "timings"), default="all")
+    parts = ("all", "matrix", "sanitizer", "timings", "cases")
+    parser.add_argument("--part", choices=parts, default="all", help="only this one, with all of the time")
     args = parser.parse_args(argv)
+    if args.plot:
+        plot(args.json, args.plot)
+        return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    missing = load(args.backend).available()
-    if missing is not None:
-        print(f"backend {args.backend} {missing}", file=sys.stderr)
+    backends = tuple(args.backend) or backends_here()
+    missing = {name: load(name).missing for name in backends if load(name).missing} or (
+        {} if backends else {"none": ""}
+    )
+    if missing:
+        said = "; ".join(f"backend {name} {why}" for name, why in missing.items() if why)
+        print(said or "no backend for GPUs works here; python -m attn info says why", file=sys.stderr)
         return 2
-    suite = Suite(device, args.backend, time.monotonic() + gpu_timing.SECONDS, args.small or device == "cpu")
-    results: dict[str, Any] = {"machine": machine()}
-    rows: list[gpu_timing.Timing] = []
-    if args.part != "timings":
-        matrix(suite)
-    if args.part != "matrix":
-        rows = gpu_timing.timings(args.backend, device, suite.small, suite.deadline)
-    results |= {"matrix": [asdict(c) for c in suite.cells], "timings": [asdict(r) for r in rows], "clocks": clocks()}
-    results["proven"] = proven(suite)
+    if args.part == "cases":
+        return sanitized_cases(backends, device)
+    return _run(args, backends, device)
+
+
+def _run(args: argparse.Namespace, backends: tuple[str, ...], device: str) -> int:
+    start, small = time.monotonic(), args.small or device == "cpu"
+    shares = {part: float(args.part == part) for part in SHARES} if args.part != "all" else SHARES
+    suites = []
+    for n, backend in enumerate(backends):
+        until = start + SECONDS * shares["matrix"] * (n + 1) / len(backends)
+        suites.append(Suite(device, backend, until, small))
+        if shares["matrix"]:
+            check_all(suites[-1])
+    results: dict[str, Any] = {"machine": machine(), "backends": backends, "sanitizer": sanitizer.missing() or []}
+    if shares["sanitizer"] and not results["sanitizer"]:
+        found = sanitizer.run(backends, time.monotonic() + SECONDS * shares["sanitizer"])
+        results["sanitizer"] = [asdict(one) for one in found]
+    timed = gpu_timing.Timings({}, [], [])
+    if args.part in ("all", "timings"):
+        timed = gpu_timing.timings(backends, device, small, start + SECONDS)
+    cells = [cell for suite in suites for cell in suite.cells]
+    results |= asdict(timed) | {"matrix": [asdict(c) for c in cells], "clocks": clocks()}
+    results["matrix_left_out"] = {suite.backend: suite.left_out for suite in suites}
+    results["proven"] = [entry for suite in suites for entry in proven(suite)]
+    results["seconds"] = round(time.monotonic() - start, 1)
     args.json.write_text(json.dumps(results, indent=1))
-    failed = [c for c in suite.cells if not c.ok]
-    print(f"matrix: {len(suite.cells)} cells, {len(failed)} failed; {args.json}")
-    print("\n".join(results["proven"]))
-    print(gpu_timing.summary(rows, args.backend))
-    return 1 if failed else 0
+    print(_told(results, args.json))
+    wrong = any(row["wrong"] and row["ours"] for result in timed.results for row in result["rows"])
+    watched = results["sanitizer"] if isinstance(results["sanitizer"], list) else []
+    return 1 if wrong or not all(c.ok for c in cells) or any(one["ok"] is False for one in watched) else 0
+
+
+def _told(results: dict[str, Any], path: Path) -> str:
+    """The short table."""
+    cells, watched = results["matrix"], results["sanitizer"]
+    failed, left_out = sum(not c["ok"] for c in cells), sum(results["matrix_left_out"].values())
+    words = {True: "clean", False: "FAILED", None: "not done"}
+    lines = [f"matrix: {len(cells)} cells, {failed} failed, {left_out} left out for lack of time"]
+    if left_out:
+        lines.append("  --part matrix --backend NAME has more of it; entries are printed where all ran")
+    if isinstance(watched, str):
+        lines.append(f"sanitizer: {watched}")
+    else:
+        lines += [f"sanitizer: {one['kind']} on {one['backend']}: {words[one['ok']]}" for one in watched]
+    lines.append(f"timings: {len(results['results'])} works, {len(results['left_out'])} left out for lack of time")
+    told = [*lines, *results["proven"], *report.summary(results["results"])]
+    told += [line for line in report.notes(results["results"]) if line.startswith("WRONG")]
+    return "\n".join([*told, f"{results['seconds']:.0f} s; {path}"])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def lineup(work: Work, who: Who = EVERYONE) -> Lineup:
     """Data, contenders and exact results of a work."""
     if work.kind not in CALLS:
         m = modules.problem(work)
-        found, wanted = m.contenders(), modules.ModuleExpected(m)
+        found, wanted = m.contenders(who.backends), modules.ModuleExpected(m)
         of = {c.name: m.ours if c.ours else m.stock for c in found}
         runs = {c.name: _run(work, c.call, m.leaves(of[c.name]), m.d_out) for c in found}
         return Lineup(found, runs, lambda c: wanted.worst(of[c.name]), cost_of_module(work), {})

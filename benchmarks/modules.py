@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,15 +44,19 @@ class ModuleProblem:
         """What gradients are wanted of: the input and the parameters."""
         return [self.x, *module.parameters()]
 
-    def contenders(self) -> list[Contender]:
-        """Ours, by the backends that serve it, and PyTorch's."""
+    def contenders(self, backends: tuple[str, ...] = ()) -> list[Contender]:
+        """Ours, by each of these backends or by those that the planner takes, and PyTorch's."""
+        stock = Contender(STOCK[self.work.kind], lambda: self.call(self.stock))
+        if backends:
+            forced = {name: functools.partial(attn.use_backend, name) for name in backends}
+            return [*(Contender(f"attn {n}", self._call_ours, ours=True, inside=f) for n, f in forced.items()), stock]
         with spy() as calls, torch.set_grad_enabled(self.work.what != "forward"):
             self.call(self.ours)
         served = "+".join(dict.fromkeys(backend for backend, _ in calls)) or "sdpa"
-        return [
-            Contender(f"attn {served}", lambda: self.call(self.ours), ours=True),
-            Contender(STOCK[self.work.kind], lambda: self.call(self.stock)),
-        ]
+        return [Contender(f"attn {served}", self._call_ours, ours=True), stock]
+
+    def _call_ours(self) -> Tensor:
+        return self.call(self.ours)
 
 
 def problem(work: Work) -> ModuleProblem:

@@ -78,6 +78,7 @@ def flex(p: Problem) -> Call:
     S = x.k.shape[2]
     block_mask = create_block_mask(_visible(x, L, S), B, H, L, S, x.q.device.type) if x.hides else None
     score = _biased(x, L, S) if x.bias is not None or x.alibi_slopes is not None else None
+    torch.compiler.reset()  # after eight shapes it would no longer compile, and fall back to something slow
     run = torch.compile(flex_attention)
     return lambda: run(x.q, x.k, x.v, score, block_mask, scale=x.scale, enable_gqa=p.spec.grouped)  # type: ignore[no-any-return]
 

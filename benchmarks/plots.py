@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from attn.benchmarks.report import significant, title
 from attn.benchmarks.work import parse
 
-OURS = ("#c1272d", "#8c1c21", "#e4572e")
+OURS = ("#c1272d", "#e4572e", "#8c1c21", "#f2a541", "#d98880")
 PEERS = ("#1f4e79", "#5b8db8", "#9bb8d3", "#4d8f6f", "#8a7ab8", "#b08968", "#6b6b6b", "#c9a227")
 BAND = 0.15
 MOST_SERIES = 8

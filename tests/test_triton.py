@@ -247,38 +247,3 @@ def test_importing_attn_does_not_import_triton() -> None:
         "import sys, attn, torch; q = torch.zeros(1, 1, 2, 8); attn.attention(q, q, q); print('triton' in sys.modules)"
     )
     assert python("-c", code).stdout.strip() == "False"
-
-
-@needs_triton
-def test_the_gpu_suite_in_small(tmp_path: Path) -> None:
-    """Without a GPU it runs in the interpreter; what it would write for one has the same form."""
-    out = tmp_path / "suite.json"
-    done = python("-m", "attn.benchmarks.gpu_suite", "--small", "--json", str(out), interpret=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["machine"]["torch"] == torch.__version__
-    assert len(found["matrix"]) > 10
-    assert all(cell["ok"] for cell in found["matrix"])
-    assert {row["what"] for row in found["timings"]} == {"forward", "backward", "decode"}
-    assert found["proven"] == []
-    assert "backward" in done.stdout.splitlines()[-3]
-
-
-@needs_triton
-def test_the_gpu_suite_goes_on_after_a_failure() -> None:
-    suite = importlib.import_module("attn.benchmarks.gpu_suite")
-    run = suite.Suite("cuda", "triton", deadline=0.0, small=True)
-    run.check("fails", torch.bfloat16, ("forward",), lambda: 1 // 0)
-    run.check("passes", torch.bfloat16, ("backward",), lambda: None)
-    assert [cell.ok for cell in run.cells] == [False, True]
-    assert "ZeroDivisionError" in run.cells[0].error
-    assert suite.proven(run) == ['("triton", "", torch.bfloat16, "backward"),']
-
-
-def test_a_contender_that_fails_is_out_and_the_race_goes_on() -> None:
-    timing = importlib.import_module("attn.benchmarks.gpu_timing")
-    contenders = {"good": lambda: None, "bad": lambda: 1 // 0}
-    good, bad = timing._race(contenders, "forward", (64, 512, True), 1e9, "cpu", True)
-    assert good.ms > 0
-    assert "ZeroDivisionError" in bad.error
-    assert "forward" not in timing.summary([bad], "good")

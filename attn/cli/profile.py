@@ -100,8 +100,14 @@ def _of_work(work: Work, backend: str | None) -> tuple[Step, Callable[[Profile],
     ours = [c for c in ready.contenders if c.ours]
     if not ours:
         raise ValueError(f"attn {backend}: {ready.absent[f'attn {backend}']}")
-    ready.check(ours[0])
-    step = ready.runs[ours[0].name]()
+    first = ours[0]
+    with first.inside():
+        ready.check(first)
+    once = ready.runs[first.name]()
+
+    def step() -> object:
+        with first.inside():
+            return once()
 
     def about(_: Profile) -> list[str]:
         clock = timer.timer_for(work.device)
