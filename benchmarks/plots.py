@@ -82,7 +82,8 @@ def _over_length(series: dict[str, list[Result]], colours: dict[str, str]) -> Fi
         bars.set_title(name, fontsize=10, loc="left")
         lines.set_title("median, band p20 to p80", fontsize=9, loc="left")
         if n == 0:
-            bars.legend(fontsize=8, frameon=False)
+            bars.set_ylim(0, 1.4 * bars.get_ylim()[1])  # above the bars
+            bars.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
     figure.add_subplot(grid[-1, :])
     return figure
 
@@ -118,6 +119,10 @@ def _lines(axes: Axes, found: Sequence[Result], colours: dict[str, str]) -> None
     ticks = sorted({f["length"] for f in found})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.4, high * 1.4)  # so that two ticks at least have a number
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_xlabel("length")
     axes.set_ylabel("ms")
 
@@ -153,11 +158,16 @@ def _side_by_side(found: Sequence[Result], colours: dict[str, str]) -> Figure:
 
 def _roofline(axes: Axes, found: Sequence[Result], roof: dict[str, Any], colours: dict[str, str]) -> None:
     intensities = [f["flops"] / f["bytes"] for f in found]
-    top = max(roof["gflops"].values())
-    knee = top / roof["gbytes"]
-    first, last = min([*intensities, knee]) / 2, max([*intensities, knee]) * 2
-    axes.plot([first, knee, last], [first * roof["gbytes"], top, top], color="black", linewidth=1.2)
-    axes.annotate(f"{top:.3g} GFLOP/s: matrix product", (last, top), ha="right", va="bottom", fontsize=8)
+    tops: dict[float, list[str]] = {}
+    for dtype in sorted({f["dtype"] for f in found}):
+        tops.setdefault(max(roof["gflops"][dtype], roof["gflops"].get("float32", 0.0)), []).append(dtype)
+    knees = [top / roof["gbytes"] for top in tops]
+    first, last, furthest = min([*intensities, *knees]) / 2, max([*intensities, *knees]) * 2, max(knees)
+    axes.plot([first, furthest], [first * roof["gbytes"], furthest * roof["gbytes"]], color="black", linewidth=1.2)
+    for top, dtypes in tops.items():
+        axes.plot([top / roof["gbytes"], last], [top, top], color="black", linewidth=1.2)
+        said = f"{top:.3g} GFLOP/s: matrix product, {', '.join(dtypes)}"
+        axes.annotate(said, (last, top), ha="right", va="bottom", fontsize=8)
     copied = f"  {roof['gbytes']:.3g} GB/s: copy"
     axes.annotate(copied, (first * 1.2, first * roof["gbytes"]), va="top", fontsize=8)
     for name, colour in colours.items():

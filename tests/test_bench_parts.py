@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -16,7 +17,19 @@ from fake_timer import FakeTimer
 from torch import Tensor
 from torch.nn import functional as F
 
-from attn.benchmarks import checks, harness, peers, problem, roofline, timer, work
+from attn.benchmarks import (
+    checks,
+    compare,
+    harness,
+    machine,
+    peers,
+    presets,
+    problem,
+    report,
+    roofline,
+    timer,
+    work,
+)
 from attn.benchmarks.harness import Row
 from attn.benchmarks.peers import Contender
 from attn.spec import Operands
@@ -95,6 +108,21 @@ def test_warm_up_ends_when_times_settle() -> None:
         0.0,
     )
     assert row.ms == [1.0] * harness.ROUNDS[0]
+
+
+def test_committed_results_can_still_be_read() -> None:
+    paths = list((Path(presets.__file__).parent / "results").glob("bench-*.json"))
+    assert paths
+    for path in paths:
+        found = json.loads(path.read_text())
+        assert not set(machine.SAME) - set(found["machine"]) - {"gpu", "arch"}
+        for f in found["results"]:
+            w = work.parse(f["work"])
+            result = harness.Result(
+                w, f["flops"], f["bytes"], [Row(r["contender"], r["ours"], r["ms"]) for r in f["rows"]], {}
+            )
+            assert [c.ratio for c in compare.changes(result, f)] == [1.0]
+        assert report.summary(found["results"])
 
 
 def test_percentiles() -> None:
