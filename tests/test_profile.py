@@ -62,6 +62,15 @@ def test_a_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"{pairs * 14 * 16 / 10 / 1e6:.4g} GFLOP/s" in said  # the fake timer's 10 ms
 
 
+def test_a_module_on_a_named_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "module both cpu float32 full B=1 H=2 L=20 D=8"
+    assert main(["profile", *line.split(), "--steps", "1", "--backend", "reference"]) == 0
+    assert set(re.findall(r"^attn (\w+ \w+): attention cpu", capsys.readouterr().out, re.MULTILINE)) == {
+        "reference forward",
+        "reference backward",
+    }
+
+
 def test_a_function(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine_to_profile.py").write_text("from test_profile import step\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
