@@ -31,8 +31,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _curves(step, found["one_sequence"], "p50_ms", "a training step of one sequence", "ms of processor time")
         _curves(cut, found["same_tokens"], "gflops", _tokens(found), "GFLOP/s")
         cut.set_yscale("linear")
-        cut.set_ylim(0, None)
         top = found["matrix_product_gflops"]
+        cut.set_ylim(0, 1.1 * max(top, cut.get_ylim()[1]))
         cut.axhline(top, color="black", linewidth=0.8)
         cut.annotate(
             "matrix product", (0.99, top), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
