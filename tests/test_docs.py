@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import runpy
+import shlex
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ from torch import nn
 
 import attn
 from attn.backends import load
-from attn.cli import COMMANDS
+from attn.benchmarks import work
+from attn.cli import COMMANDS, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "csrc" / "README.md"]
@@ -66,6 +69,22 @@ def test_snippets_of_the_documents_run(page: Path, capsys: pytest.CaptureFixture
         exec(compile(snippet, page.name, "exec"), namespace)
         said = capsys.readouterr().out
         assert not printed or said == printed
+
+
+def test_commands_of_the_documents_are_understood() -> None:
+    """What stands in shell blocks is parsed, not run: options, and the lines of works."""
+    blocks = [b for page in PAGES for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
+    lines = re.findall(r"^\S*python -m attn(?:\.benchmarks\.(\w+))?( .*)?$", "\n".join(blocks), re.MULTILINE)
+    assert len(lines) >= 8
+    for program, rest in lines:
+        words = shlex.split(rest, comments=True)
+        if program:
+            assert importlib.util.find_spec(f"attn.benchmarks.{program}") is not None, program
+            continue
+        args = parser().parse_args(words)
+        if args.command in ("bench", "profile"):
+            target = " ".join(args.work if args.command == "bench" else args.target)
+            assert not target or str(work.parse(target)) == target
 
 
 def test_every_document_is_in_the_site() -> None:
