@@ -49,24 +49,24 @@ class CudaBackend(Backend):
 
     def forward(self, x: Operands) -> Forward:
         """See `Backend.forward`."""
-        out, m, l, _ = native_cuda.forward(*_taken(x), native.NO_WEIGHTS, True)
+        out, m, l, _ = native_cuda.forward(*x, native.NO_WEIGHTS, True)
         return out, m, l
 
     def infer(self, x: Operands, weights: str) -> tuple[Tensor, Tensor | None]:
         """Without residuals, weights after it."""
         wanted = native.WEIGHTS[weights]
-        out, _, _, w = native_cuda.forward(*_taken(x), wanted, False)
+        out, _, _, w = native_cuda.forward(*x, wanted, False)
         return out, w
 
     def weights(self, x: Operands, m: Tensor, l: Tensor, average: bool) -> Tensor:
         """See `Backend.weights`."""
-        result: Tensor = native_cuda.weights(m, l, *_taken(x), average)
+        result: Tensor = native_cuda.weights(m, l, *x, average)
         return result
 
     def forward_weights(self, x: Operands, average: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One call for both."""
         result: tuple[Tensor, Tensor, Tensor, Tensor]
-        result = native_cuda.forward(*_taken(x), native.MEAN if average else native.HEADS, True)
+        result = native_cuda.forward(*x, native.MEAN if average else native.HEADS, True)
         return result
 
     def backward(
@@ -79,19 +79,10 @@ class CudaBackend(Backend):
         needs_bias_grad: bool,
     ) -> Gradients:
         """See `Backend.backward`."""
-        dq, dk, dv, d_bias = native_cuda.backward(d_out, d_lse, d_weights, *residuals, *_taken(x), needs_bias_grad)
-        if d_bias is not None and x.bias is not None:
-            d_bias = d_bias.to(x.bias.dtype)
-        return dq, dk, dv, d_bias
+        result: Gradients = native_cuda.backward(d_out, d_lse, d_weights, *residuals, *x, needs_bias_grad)
+        return result
 
     def decode(self, x: DecodeOperands) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
         result: tuple[Tensor, Tensor] = native_cuda.decode(*x)
         return result
-
-
-def _taken(x: Operands) -> Operands:
-    """x with a bias in a type that the kernels read."""
-    if x.bias is None or x.bias.dtype != torch.float64:
-        return x
-    return x._replace(bias=x.bias.float())

@@ -2,13 +2,11 @@
 
 Reads lines of JSON {"library": path, "cases": [...], "seconds": limit} and answers each with a line {"verdict": ...,
 "case": ..., "said": ...}. A verdict is "passes", the name of the emulator's report, "numbers", "bank conflicts",
-"refused", "error", "crash" or "timeout". A case is a situation of attn.testing.matrix, a dtype, and changes:
-"causal bf16 L=65 S=64".
+"refused", "error", "crash" or "timeout". A case is a line that lines.py reads.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -20,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,26 +53,10 @@ class Judge:
         self._process.wait()
 
 
-def made(text: str) -> Any:
-    """The case of a line."""
-    import torch
-
-    from attn.testing.matrix import situation
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    name, dtype, *changes = text.split()
-    more = {}
-    for change in changes:
-        key, _, value = change.partition("=")
-        try:
-            more[key] = ast.literal_eval(value)
-        except ValueError:  # a word
-            more[key] = value
-    return situation(name, dtypes[dtype], **more)
-
-
 def _try(library: str, cases: Sequence[str], pipe: int) -> None:
     """In the child: all cases, up to the first that does not pass."""
+    from cuda_host.lines import made
+
     from attn import native_cuda
     from attn.backends import load
     from attn.testing import assert_case
@@ -147,8 +128,7 @@ def _judged(library: str, cases: Sequence[str], seconds: float) -> dict[str, str
 
 def main() -> None:
     import torch
-
-    import attn.backends  # noqa: F401 - so that children start with it
+    from cuda_host import lines  # noqa: F401 - so that children start with all of attn
 
     torch.set_num_threads(1)
     for line in sys.stdin:

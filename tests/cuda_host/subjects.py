@@ -1,7 +1,7 @@
 """Which kernels and which cases show a change of a file of csrc/cuda.
 
 Sizes stand at the boundaries of the kernels' predicates and beside them: tiles of 64 and 128 queries, of 32, 48 and 64
-keys, chunks of 8 elements, bands whose edge meets the edge of a tile. See judge.py for how a case is written.
+keys, chunks of 8 elements, bands whose edge meets the edge of a tile. See lines.py for how a case is written.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WEIGHTS = Unit("weights_fp16.cu", "<fp16, 32>")
 DECODE = Unit("decode_bf16.cu", "<bf16, 32,")
 BACKWARD = Unit("backward_bf16_light.cu", "<bf16, 64,")
 BACKWARD_HEAVY = Unit("backward_bf16_heavy.cu", "<bf16, 32,")
+BACKWARD_WIDE = Unit("backward_bf16_heavy.cu", "<bf16, 256,")  # one stage: no room for two
 BACKWARD_FLOAT = Unit("backward_fp32_heavy.cu", "<float, 32,")
 BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
 
@@ -81,6 +82,10 @@ EXTRA_CASES = (
     "bias_keep bf16 L=66 S=130" + PAIR,
     "bias fp32 L=65 S=65 layout=transposed kind=large" + PAIR,
     "bias_finfo_min bf16 L=40 S=67" + PAIR,
+    # A bias of each dtype whose planes lie apart.
+    "bias bf16 L=17 S=33 seed=15 bias_dtype=bf16" + PAIR,
+    "bias bf16 L=17 S=33 seed=15 bias_dtype=fp16" + PAIR,
+    "bias bf16 L=17 S=33 seed=15 bias_dtype=fp64" + PAIR,
     "alibi_lengths fp16 L=65 S=130 head_dim=64" + PAIR,
     "softcap fp32 L=33 S=70" + ONE,
     "negative_scale bf16" + PAIR,
@@ -113,6 +118,7 @@ DECODE_CASES = (
     "decode_window bf16 L=5 S=200 left=0",
     "decode_paged bf16 Hq=4 Hkv=2 L=3 S=200 value_dim=20 seed=3",
     "decode_paged bf16 Hq=4 Hkv=2 L=3 S=200 value_dim=20 seed=4",
+    "decode_paged bf16 Hq=4 Hkv=2 L=3 S=40 value_dim=20 seed=4 wild_pages=True",
     "decode_paged bf16 Hq=2 Hkv=2 grouped=False L=1 S=100 value_dim=32 head_dim=32 seed=5",
 )
 # With gradients.
@@ -132,6 +138,9 @@ GRADIENT_CASES = (
     "bias bf16 L=70 S=67 seed=12",
     "bias_keep bf16 L=40 S=130 seed=13",
     "bias bf16 L=66 S=65 seed=14",
+    "bias bf16 L=33 S=40 Hq=4 Hkv=2 bias_dtype=bf16",
+    "bias bf16 L=17 S=33 bias_dtype=fp16",
+    "bias bf16 L=17 S=33 bias_dtype=fp64",
     "weights bf16 L=65 S=67",
     "weights_per_head bf16 L=65 S=67",
     "weights_bias bf16 L=66 S=66 seed=15",
@@ -145,6 +154,7 @@ GRADIENT_CASES = (
     "everything bf16 L=70 S=70",
     "everything fp32 L=40 S=70",
     "dropout fp32 L=40 S=33 Hq=4 Hkv=2",
+    "softcap bf16 head_dim=256 value_dim=256 L=33 S=49 B=1 Hq=2",
 )
 
 _ALL = (LIGHT, LIGHT_SMALL, HEAVY, HEAVY_SMALL, FLOAT)
@@ -161,7 +171,7 @@ SUBJECTS = {
     "dropout.cuh": Subject((HEAVY_SMALL, FLOAT_HEAVY), EXTRA_CASES),
     "weights.cuh": Subject((WEIGHTS,), WEIGHTS_CASES),
     "decode.cuh": Subject((DECODE,), DECODE_CASES),
-    "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
+    "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_WIDE), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
     "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
     "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
     "gradient.cuh": Subject(

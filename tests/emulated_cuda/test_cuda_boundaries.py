@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from cuda_host.control import Emulator
-from cuda_host.judge import made
+from cuda_host.lines import made
 from cuda_host.subjects import SUBJECTS
 
 from attn import native_cuda
