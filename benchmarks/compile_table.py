@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+from attn.benchmarks import row_tables
 from attn.spec import DecodeOperands, Operands
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -318,25 +319,6 @@ def risen(row: Row, committed: dict[str, Row]) -> list[str]:
     return [f"{row.key} ({row.tile}): {row.spills} bytes of spills, {ceiling.spills} are committed"]
 
 
-def load(path: Path = RESULTS) -> dict[str, Row]:
-    """The committed rows by key."""
-    if not path.is_file():
-        return {}
-    rows = (Row(**r) for r in json.loads(path.read_text())["rows"])
-    return {row.key: row for row in rows}
-
-
-def save(rows: dict[str, Row], path: Path = RESULTS) -> None:
-    """Write the rows, one a line."""
-    import triton
-
-    lines = ",\n".join("  " + json.dumps(rows[key]._asdict()) for key in sorted(rows))
-    path.parent.mkdir(exist_ok=True)
-    whole = path.with_suffix(".new")  # a run that is cut off leaves the old table
-    whole.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    whole.replace(path)
-
-
 def markdown(rows: dict[str, Row]) -> str:
     """The short form of the table: registers, "/" and spilled bytes, of bfloat16 causal training."""
     lines = ["| arch | kernel | " + " | ".join(map(str, HEAD_DIMS)) + " |", "| --- " * (2 + len(HEAD_DIMS)) + "|"]
@@ -345,9 +327,7 @@ def markdown(rows: dict[str, Row]) -> str:
             cells = []
             for head_dim in HEAD_DIMS:
                 found = [rows.get(f"{arch} {kernel} bfloat16 {head_dim} causal") for kernel in kernels]
-                cells.append(
-                    " · ".join(f"{r.registers}/{r.spills}" if r.spills else f"{r.registers}" for r in found if r)
-                )
+                cells.append(row_tables.cell([(r.registers, r.spills) for r in found if r]))
             lines.append(f"| {arch} | {kernels[0]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -362,11 +342,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="compile nothing; print the short form of the table")
     args = parser.parse_args(argv)
     if args.markdown:
-        print(markdown(load()))
+        print(markdown(row_tables.load(Row, RESULTS)))
         return 0
     path = args.json or RESULTS
     writing = bool(args.json) or not (args.quick or args.check)
-    committed = load(path)
+    committed = row_tables.load(Row, path)
     rows = committed if writing else {}
     done = {" ".join(key.split()[:1] + key.split()[2:]) for key in committed} if writing else set()
     wrong: list[str] = []
@@ -381,7 +361,9 @@ def main(argv: list[str] | None = None) -> int:
             wrong += [] if writing else risen(row, committed)
             print(json.dumps(row._asdict()), flush=True)
         if writing:
-            save(rows, path)
+            import triton
+
+            row_tables.save(rows, path, triton=triton.__version__)
     wrong += [what for row in rows.values() for what in faults(row)]
     print("\n".join(wrong) if wrong else f"{len(rows)} kernels, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0

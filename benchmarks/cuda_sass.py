@@ -11,7 +11,6 @@ for, products without tensor cores, remarks of ptxas.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from attn import cuda_toolchain, native, toolchain
+from attn.benchmarks import row_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, OBJECTS = ROOT / "csrc" / "cuda", ROOT / "build" / "objects"
@@ -263,21 +263,6 @@ def risen(row: Row, committed: dict[str, Row]) -> list[str]:
     return found
 
 
-def load(path: Path = RESULTS) -> dict[str, Row]:
-    """The committed rows by key."""
-    if not path.is_file():
-        return {}
-    rows = (Row(**r) for r in json.loads(path.read_text())["rows"])
-    return {row.key: row for row in rows}
-
-
-def save(rows: dict[str, Row], path: Path = RESULTS) -> None:
-    """Write the rows, one a line."""
-    lines = ",\n".join("  " + json.dumps(rows[key]._asdict()) for key in sorted(rows))
-    nvcc = native.build_info().get("nvcc", "")
-    path.write_text(f'{{"nvcc": {json.dumps(nvcc)}, "rows": [\n{lines}\n]}}\n')
-
-
 KERNELS = (  # words of the short table -> the templates of bfloat16 kernels, head_dim left open
     ("forward, a band at most", ("Forward<bf16, {}, false>",)),
     ("forward, every feature", ("Forward<bf16, {}, true>",)),
@@ -295,7 +280,7 @@ def markdown(rows: dict[str, Row]) -> str:
             for head_dim in (32, 64, 128, 256):
                 found = [rows.get(f"{arch} {template.format(head_dim)}") for template in templates]
                 spills = [(r.registers, r.spill_loads + r.spill_stores) for r in found if r]
-                cells.append(" · ".join(f"{n}/{more}" if more else f"{n}" for n, more in spills))
+                cells.append(row_tables.cell(spills))
             lines.append(f"| {arch} | {words} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -312,7 +297,7 @@ def main() -> int:
     found = [fault for row in rows.values() for fault in faults(row)] + remarks()
     print("\n".join(found) or f"{len(rows)} rows, no fault", file=sys.stderr)
     if args.save:
-        save(rows)
+        row_tables.save(rows, RESULTS, nvcc=native.build_info().get("nvcc", ""))
     return 1 if found else 0
 
 

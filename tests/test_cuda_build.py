@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -107,7 +108,8 @@ def test_which_gpus_a_build_runs_on(
     backend = load("cuda")
     monkeypatch.setattr(backend, "missing", None)
     monkeypatch.setattr(native_cuda, "images", lambda: built_for)
-    monkeypatch.setattr(type(backend), "capability", backend.capability.__class__(frozenset({"cuda"}), DTYPES))
+    able = dataclasses.replace(backend.capability, devices=frozenset({"cuda"}))
+    monkeypatch.setattr(type(backend), "capability", able)
     for arch in (*runs, *does_not):
         assert native_cuda.runs_on(arch, built_for) == (arch in runs)
         spec = AttentionSpec(device="cuda", dtype=torch.bfloat16, arch=f"sm_{arch}", head_dim=64, value_dim=64)
@@ -117,9 +119,6 @@ def test_which_gpus_a_build_runs_on(
         else:
             assert said is not None
             assert f"not {'for ' if arch >= 80 else ''}sm_{arch}" in said
-
-
-DTYPES = frozenset({torch.bfloat16})
 
 
 def test_without_nvcc_there_is_nothing_to_build_and_a_cure(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from attn import cuda_toolchain, native
-from attn.benchmarks import cuda_sass
+from attn.benchmarks import compile_table, cuda_sass, row_tables
 from attn.benchmarks.cuda_sass import Row
 
-COMMITTED = cuda_sass.load()
+COMMITTED = row_tables.load(Row, cuda_sass.RESULTS)
 ARCHS = ("sm_80", "sm_90a", "sm_120")
 ELEMENTS = ("bf16", "fp16", "float")
 ROW = Row("Forward<bf16, 128, false>", "sm_80", 128, 168, 0, 65536, 2, 2, 3000, 256, 48, 68, 0, 0)
@@ -37,6 +39,14 @@ def test_every_kernel_multiplies_on_tensor_cores_and_loads_by_16_bytes(name: str
     for row in rows:
         assert row.products > 0, row.key
         assert row.wide_loads > 0, row.key
+
+
+@pytest.mark.parametrize("table", [cuda_sass, compile_table], ids=["cuda", "triton"])
+def test_a_table_that_is_saved_again_is_the_same_file(table: ModuleType, tmp_path: Path) -> None:
+    (made_by, version), _ = json.loads(table.RESULTS.read_text()).items()
+    row_tables.save(row_tables.load(table.Row, table.RESULTS), tmp_path / "again.json", **{made_by: version})
+    assert (tmp_path / "again.json").read_text() == table.RESULTS.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.json"]
 
 
 def test_no_row_of_the_table_has_a_fault() -> None:

@@ -20,7 +20,9 @@ class Fake(Backend):
 
     name = "fake"
     needs_proof = True
-    capability = Capability(frozenset({"cpu", "cuda"}), frozenset({torch.float32}), features=frozenset({"grad"}))
+    capability = Capability(
+        frozenset({"cpu", "cuda"}), frozenset({torch.float32}), features=frozenset({"grad"}), oldest_sm=80
+    )
 
 
 @pytest.fixture
@@ -163,11 +165,18 @@ def test_proven_passes_make_a_kernel_the_automatic_choice(fake, monkeypatch):
         ({"head_dim": 300, "value_dim": 300}, "takes head_dim up to 256, not 300"),
         ({"dropout": True}, "does not do dropout"),
         ({"alibi": True}, "does not do ALiBi"),
+        ({"device": "cuda", "arch": "sm_75"}, "needs compute capability 8.0 or newer, not sm_75"),
     ],
 )
 def test_refusals_come_from_the_capability_as_data(change, sentence):
     assert Fake().why_not(PLAIN._replace(**change)) == sentence
     assert Fake().why_not(PLAIN) is None
+
+
+def test_gpus_that_are_new_enough_are_not_refused():
+    for arch in ("sm_80", "sm_100", "gfx942"):
+        assert Fake().why_not(PLAIN._replace(device="cuda", arch=arch)) is None
+    assert load("cuda").capability.oldest_sm == load("triton").capability.oldest_sm == 80
 
 
 def test_a_missing_backend_says_what_is_missing():

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import attn
-from attn.backends.triton import INTERPRETED, TritonBackend
-from attn.spec import AttentionSpec
+from attn.backends.triton import INTERPRETED
+from attn.benchmarks import row_tables
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel here")
@@ -87,7 +87,7 @@ def compile_table() -> ModuleType:
 def test_the_committed_table_holds_what_it_must() -> None:
     """No spills where none may be, nothing that does not fit, tensor cores in every product: `faults`."""
     table = compile_table()
-    rows = table.load().values()
+    rows = row_tables.load(table.Row, table.RESULTS).values()
     assert [what for row in rows for what in table.faults(row)] == []
     found = {(row.arch, row.dtype, row.head_dim, row.kernel) for row in rows}
     for arch in table.ARCHS:
@@ -112,7 +112,7 @@ def test_the_committed_table_holds_what_it_must() -> None:
 @needs_triton
 def test_the_documents_show_the_committed_table() -> None:
     table = compile_table()
-    assert table.markdown(table.load()) in (ROOT / "docs" / "triton.md").read_text()
+    assert table.markdown(row_tables.load(table.Row, table.RESULTS)) in (ROOT / "docs" / "triton.md").read_text()
 
 
 def test_a_fault_of_a_kernel_is_seen() -> None:
@@ -225,13 +225,6 @@ def test_new_sizes_and_numbers_compile_nothing() -> None:
     done = python("-c", VARIANTS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == [1] * 6
-
-
-def test_old_gpus_are_refused_in_one_sentence() -> None:
-    backend = TritonBackend()
-    reason = backend.refuses(AttentionSpec(device="cuda", arch="sm_75", head_dim=64, value_dim=64))
-    assert reason is not None
-    assert "8.0" in reason
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton can run here")

@@ -13,8 +13,6 @@ from attn import native, native_cuda
 from attn.backends.base import Backend, Capability, Forward, Gradients
 from attn.spec import AttentionSpec, DecodeOperands, Operands
 
-OLDEST = 80
-
 
 class CudaBackend(Backend):
     """Runs `csrc/cuda/`."""
@@ -24,6 +22,7 @@ class CudaBackend(Backend):
     capability = Capability(
         devices=frozenset({"cpu"} if native_cuda.EMULATED else {"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        oldest_sm=80,
     )
 
     def available(self) -> str | None:
@@ -31,12 +30,10 @@ class CudaBackend(Backend):
         return native_cuda.load()
 
     def refuses(self, spec: AttentionSpec) -> str | None:
-        """Old GPUs, and those for which the library has no code."""
+        """GPUs for which the library has no code."""
         if not spec.arch.startswith("sm_"):
             return None
         arch, built = int(spec.arch.removeprefix("sm_")), native_cuda.images()
-        if arch < OLDEST:
-            return f"needs compute capability 8.0 or newer, not {spec.arch}"
         if built and not native_cuda.runs_on(arch, built):
             ptx = f" and PTX of {built['ptx']}" if built["ptx"] else ""
             has = f"{', '.join(built['archs'])}{ptx}"

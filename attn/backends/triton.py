@@ -53,6 +53,7 @@ class TritonBackend(Backend):
     capability = Capability(
         devices=frozenset({"cuda", "cpu"} if INTERPRETED else {"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        oldest_sm=80,
     )
 
     def available(self) -> str | None:
@@ -61,12 +62,6 @@ class TritonBackend(Backend):
             return "triton is not installed; pip install 'triton>=3.6,<4' (its wheels are for Linux)"
         if not INTERPRETED and not torch.cuda.is_available():
             return "finds no GPU; TRITON_INTERPRET=1 runs its kernels slowly on the CPU, for tests"
-        return None
-
-    def refuses(self, spec: AttentionSpec) -> str | None:
-        """Old GPUs."""
-        if spec.arch.startswith("sm_") and int(spec.arch.removeprefix("sm_")) < 80:
-            return f"needs compute capability 8.0 or newer, not {spec.arch}"
         return None
 
     def only_forced(self, spec: AttentionSpec) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+import stride_zero
 import torch
 from torch import Tensor
 
@@ -114,24 +115,13 @@ def test_strides(layout: str, head_dim: int) -> None:
         assert_case(dataclasses.replace(situation("causal", dtype, head_dim=head_dim), layout=layout), "cuda")
 
 
-@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (3,), (2,), (0, 1)])
+@pytest.mark.parametrize("dims", stride_zero.OUTPUT_DIMS)
 def test_an_output_gradient_with_stride_zero(dims: tuple[int, ...]) -> None:
-    x = call()
-    residuals = CUDA.forward(x)
-    narrow = torch.randn([1 if d in dims else n for d, n in enumerate(residuals[0].shape)])
-    wide = narrow.expand_as(residuals[0])
-    for a, b in zip(backward(x, residuals, wide)[:3], backward(x, residuals, wide.contiguous())[:3], strict=True):
-        assert torch.equal(a, b)
+    stride_zero.assert_output_gradient(CUDA, call(), dims)
 
 
 def test_gradients_of_lse_and_weights_with_stride_zero() -> None:
-    x = call(right=0)
-    residuals = CUDA.forward(x)
-    wide = [torch.randn(1, 2, 1).expand(1, 2, 40), torch.randn(1, 1, 67).expand(1, 40, 67)]
-    d_out = torch.ones(()).expand_as(residuals[0])
-    got = CUDA.backward(x, residuals, d_out, *wide, False)
-    want = CUDA.backward(x, residuals, d_out.contiguous(), *(t.contiguous() for t in wide), False)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+    stride_zero.assert_gradients_of_lse_and_weights(CUDA, call(right=0))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import stride_zero
 import torch
 
 import attn
@@ -102,25 +103,13 @@ def test_strides(layout: str) -> None:
     assert_case(dataclasses.replace(situation("causal", torch.float32), layout=layout), "triton")
 
 
-@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (3,), (2,), (0, 1)])
+@pytest.mark.parametrize("dims", stride_zero.OUTPUT_DIMS)
 def test_an_output_gradient_with_stride_zero(dims: tuple[int, ...]) -> None:
-    x = call()
-    residuals = TRITON.forward(x)
-    narrow = torch.randn([1 if d in dims else n for d, n in enumerate(residuals[0].shape)])
-    wide = narrow.expand_as(residuals[0])
-    got = TRITON.backward(x, residuals, wide, None, None, False)
-    want = TRITON.backward(x, residuals, wide.contiguous(), None, None, False)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+    stride_zero.assert_output_gradient(TRITON, call(), dims)
 
 
 def test_gradients_of_lse_and_weights_with_stride_zero() -> None:
-    x = call(right=0)
-    residuals = TRITON.forward(x)
-    wide = [torch.randn(1, 2, 1).expand(1, 2, 40), torch.randn(1, 1, 67).expand(1, 40, 67)]
-    d_out = torch.ones(()).expand_as(residuals[0])
-    got = TRITON.backward(x, residuals, d_out, *wide, False)
-    want = TRITON.backward(x, residuals, d_out.contiguous(), *(t.contiguous() for t in wide), False)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+    stride_zero.assert_gradients_of_lse_and_weights(TRITON, call(right=0))
 
 
 def test_a_row_stride_that_overflows_32_bits_inside_a_tile() -> None:
