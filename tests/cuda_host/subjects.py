@@ -29,10 +29,11 @@ HEAVY_SMALL = Unit("forward_bf16_heavy.cu", "<bf16, 32,")
 FLOAT = Unit("forward_fp32_light.cu", "<float, 32,")
 FLOAT_HEAVY = Unit("forward_fp32_heavy.cu", "<float, 32,")
 WEIGHTS = Unit("weights_fp16.cu", "<fp16, 32>")
+WEIGHTS_WIDE = Unit("weights_fp16.cu", "<fp16, 256>")  # one stage, as BACKWARD_WIDE
 DECODE = Unit("decode_bf16.cu", "<bf16, 32,")
 BACKWARD = Unit("backward_bf16_light.cu", "<bf16, 64,")
 BACKWARD_HEAVY = Unit("backward_bf16_heavy.cu", "<bf16, 32,")
-BACKWARD_WIDE = Unit("backward_bf16_heavy.cu", "<bf16, 256,")  # one stage: no room for two
+BACKWARD_WIDE = Unit("backward_bf16_heavy.cu", "<bf16, 256,")  # shared memory for one stage
 BACKWARD_FLOAT = Unit("backward_fp32_heavy.cu", "<float, 32,")
 BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
 
@@ -71,6 +72,9 @@ BAND_CASES = (
     "varlen bf16 B=6 L=70 S=70 head_dim=64 value_dim=64 Hq=2 Hkv=2 grouped=False grad=False seed=4",
     "varlen bf16 B=1 L=70 S=130 head_dim=64 value_dim=64 Hq=1 Hkv=1 grouped=False grad=False seed=5",
     "causal bf16 head_dim=16 value_dim=16 L=200 S=65 B=2 Hq=6 Hkv=2 grad=False",
+    # More heads than stay in the cache together.
+    "left_window_end bf16 head_dim=64 value_dim=64 L=2 S=30000 B=1 Hq=3 Hkv=3 grouped=False left=9 grad=False"
+    " layout=broadcast",
 )
 EXTRA_CASES = (
     "prefix bf16 L=70 S=200 B=4 Hq=1 Hkv=1 grouped=False grad=False seed=9",
@@ -107,6 +111,7 @@ WEIGHTS_CASES = (
     "weights_per_head fp16 L=66 S=130" + PAIR,
     "weights_bias fp16 L=65 S=67" + PAIR,
     "weights fp16 L=64 S=64 kind=visible_nan" + PAIR,
+    "weights fp16 L=65 S=40 head_dim=256 value_dim=256" + PAIR,
 )
 DECODE_CASES = (
     "decode bf16 L=1 S=150 B=3 Hq=2 Hkv=1",
@@ -159,22 +164,25 @@ GRADIENT_CASES = (
 
 _ALL = (LIGHT, LIGHT_SMALL, HEAVY, HEAVY_SMALL, FLOAT)
 _FORWARD = PLAIN_CASES + BAND_CASES
+_GRADIENTS = LIGHT_GRADIENT_CASES + GRADIENT_CASES
 SUBJECTS = {
-    "attend.cuh": Subject((LIGHT, HEAVY_SMALL), PLAIN_CASES + BAND_CASES + EXTRA_CASES),
+    "attend.cuh": Subject((LIGHT, HEAVY_SMALL, DECODE), PLAIN_CASES + BAND_CASES + EXTRA_CASES + DECODE_CASES),
     "forward.cuh": Subject(_ALL, _FORWARD + NAN_CASES + EXTRA_CASES),
-    "schedule.cuh": Subject((LIGHT, LIGHT_SMALL), BAND_CASES + PLAIN_CASES),
-    "mask.cuh": Subject((*_ALL, DECODE), BAND_CASES + NAN_CASES + EXTRA_CASES + DECODE_CASES),
+    "schedule.cuh": Subject((LIGHT, LIGHT_SMALL, BACKWARD), BAND_CASES + PLAIN_CASES + LIGHT_GRADIENT_CASES),
+    "mask.cuh": Subject(
+        (*_ALL, DECODE, BACKWARD, BACKWARD_HEAVY), BAND_CASES + NAN_CASES + EXTRA_CASES + DECODE_CASES + _GRADIENTS
+    ),
     "softmax.cuh": Subject((*_ALL, FLOAT_HEAVY, WEIGHTS), _FORWARD + NAN_CASES + WEIGHTS_CASES + EXTRA_CASES),
     "tile.cuh": Subject((*_ALL, DECODE), _FORWARD + NAN_CASES + EXTRA_CASES + DECODE_CASES),
-    "scores.cuh": Subject((LIGHT, HEAVY, HEAVY_SMALL, FLOAT_HEAVY), EXTRA_CASES + BAND_CASES + NAN_CASES),
-    "dense.cuh": Subject((HEAVY, HEAVY_SMALL, FLOAT_HEAVY), EXTRA_CASES + NAN_CASES),
-    "dropout.cuh": Subject((HEAVY_SMALL, FLOAT_HEAVY), EXTRA_CASES),
-    "weights.cuh": Subject((WEIGHTS,), WEIGHTS_CASES),
-    "decode.cuh": Subject((DECODE,), DECODE_CASES),
-    "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_WIDE), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
-    "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), LIGHT_GRADIENT_CASES + GRADIENT_CASES),
-    "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
-    "gradient.cuh": Subject(
-        (BACKWARD, BACKWARD_HEAVY, BACKWARD_FLOAT, BACKWARD_OTHERS), LIGHT_GRADIENT_CASES + GRADIENT_CASES
+    "scores.cuh": Subject(
+        (LIGHT, HEAVY, HEAVY_SMALL, FLOAT_HEAVY, BACKWARD_HEAVY), EXTRA_CASES + BAND_CASES + NAN_CASES + GRADIENT_CASES
     ),
+    "dense.cuh": Subject((HEAVY, HEAVY_SMALL, FLOAT_HEAVY, BACKWARD_HEAVY), EXTRA_CASES + NAN_CASES + GRADIENT_CASES),
+    "dropout.cuh": Subject((HEAVY_SMALL, FLOAT_HEAVY, BACKWARD_HEAVY), EXTRA_CASES + GRADIENT_CASES),
+    "weights.cuh": Subject((WEIGHTS, WEIGHTS_WIDE), WEIGHTS_CASES),
+    "decode.cuh": Subject((DECODE,), DECODE_CASES),
+    "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_WIDE), _GRADIENTS),
+    "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), _GRADIENTS),
+    "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
+    "gradient.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_FLOAT, BACKWARD_OTHERS), _GRADIENTS),
 }
