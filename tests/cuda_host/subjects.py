@@ -78,6 +78,7 @@ BAND_CASES = (
 )
 EXTRA_CASES = (
     "prefix bf16 L=70 S=200 B=4 Hq=1 Hkv=1 grouped=False grad=False seed=9",
+    "prefix_window bf16 L=130 S=200 seed=102" + ONE,  # a prefix of one key
     "prefix_window fp16 L=130 S=200 B=4 Hq=1 Hkv=1 grouped=False grad=False head_dim=64",
     "documents bf16 L=130 S=150 B=2" + " Hq=2 Hkv=1 grad=False",
     "documents_causal fp16 L=200 S=200 head_dim=64 B=2 Hq=1 Hkv=1 grouped=False grad=False",
@@ -151,6 +152,7 @@ GRADIENT_CASES = (
     "weights_bias bf16 L=66 S=66 seed=15",
     "documents_causal bf16 L=130 S=130 B=1 Hq=2 Hkv=1",
     "prefix_window bf16 L=66 S=130",
+    "prefix_window bf16 L=150 S=40 B=1 Hq=2 seed=55",
     "alibi bf16 L=65 S=40",
     "softcap bf16 L=40 S=65",
     "dropout_causal bf16 L=70 S=66",
