@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-SETS = ("avx512bf16", "avx512", "avx2", "neon", "portable")
+SETS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "portable")
 """Instruction sets by the names that ATTN_CPU_ISA takes."""
 
 _OPERANDS = (  # the fields of `attn.spec.Operands`, in their order

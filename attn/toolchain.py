@@ -28,6 +28,7 @@ SETS = {  # instruction set -> machine, flags of gcc and clang, flags of MSVC
     "avx2": ("x86_64", _AVX2, ("/arch:AVX2",)),
     "avx512": ("x86_64", _AVX512, ("/arch:AVX512",)),
     "avx512bf16": ("x86_64", (*_AVX512, "-mavx512bf16"), ("/arch:AVX512",)),
+    "amx": ("x86_64", (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), None),  # Linux is asked for its registers
     "neon": ("aarch64", (), ()),
 }
 """A source whose name ends in `_<set>` is compiled with the flags of that set alone, all others for any CPU of the

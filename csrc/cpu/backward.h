@@ -8,6 +8,7 @@
 #include "band.h"
 #include "gradient_bias.h"
 #include "gradient_tile.h"
+#include "sums.h"
 
 namespace attn::cpu::ATTN_ISA {
 namespace {
@@ -94,7 +95,7 @@ struct BackwardPass {
     add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, rows(w.p), of.g, p.Dv, to.dv + t.k0 * wide_v);
     add_to_keys(t.mask, of.q0, of.nq, t.k0, t.nk, rows(w.ds), of.q, p.D, to.dk + t.k0 * wide_k);
     add_to_queries(t.mask, of.q0, of.nq, t.k0, t.nk, columns_of(w.ds, of.nq, t.nk, w.cells_of_tile),
-                   t.right_k, p.D, of.dq, of.untouched);
+                   t.summed_k, p.D, of.dq, of.untouched);
     of.untouched = false;
   }
 
@@ -121,12 +122,9 @@ struct BackwardPass {
 
   void write_queries(const GradientTile<T>& t, const GradientQueries& of) const {
     T* out = rows_at<T>(b.dq, t.s.batch, t.head, t.s.q_first + of.q0);
-    for (int64_t i = 0; i < of.nq; ++i) {
-      if (of.untouched)
-        zero_row(p.D, out + i * b.dq.row);
-      else
-        write_row(of.dq + i * wide_k, static_cast<Real>(p.scale), p.D, out + i * b.dq.row);
-    }
+    Real factor[kQueries];
+    for (Real& f : factor) f = of.untouched ? 0 : static_cast<Real>(p.scale);
+    write_sums(factor, of.nq, p.D, of.dq, out, b.dq.row);
   }
 
   // The keys [begin, end) of s, of which those from s.keys on are 0, out of the sums of all its keys.
@@ -156,6 +154,7 @@ struct BackwardPass {
     const Sequence s(p, i / f.chunks / p.Hkv);
     const int64_t size = s.keys * (f.wide_k + f.wide_v);
     auto w = carve<BackwardSpace<T>>(&p, &f.b, f.tiles, s.keys, f.chunks > 1 ? 0 : size);
+    const Tiles tiles;
     w.tile.forget_keys();
     const Sums to = f.chunks > 1 ? f.partial(s, key_head, chunk) : f.sums_at(w.sums, s.keys);
     zero_row(size, to.dk);

@@ -10,25 +10,34 @@ namespace {
 struct CellRange {
   int64_t begin, size;
 };
-// The cells that hold the part of r inside [0, n).
+// The cells that hold the part of r inside [0, n), in whole depths.
 ATTN_INLINE CellRange cells_of(Range r, int64_t n) {
   const int64_t begin = clamp(r.begin, 0, n), end = clamp(r.end, begin, n);
-  return {begin / kPerCell, begin == end ? 0 : cells(end) - begin / kPerCell};
+  const int64_t first = begin / kPerCell / kDepth * kDepth;
+  return {first, begin == end ? 0 : depth_of(end) - first};
 }
 
-// to[query] += tile[key][query] rows[key] (or =, where init), of columns_of a tile and a right operand. `to`
-// has rows of round_up(width, kWidth).
+// to[query] += tile[key][query] rows[key] (or =, where init), of columns_of a tile and a key_operand. `to` is
+// sums of queries (sums.h).
 ATTN_INLINE void add_to_queries(const Mask& mask, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
                                 const Cell* tile, Operand rows, int64_t width, Real* to, bool init) {
-  const int64_t stride = round_up(width, kWidth);
-  for (int64_t i = 0; i < nq; i += kRows) {
-    const int64_t n = least<int64_t>(kRows, nq - i);
+  const int64_t wide = round_up(width, kWidth), together = kTurned ? kCols * kWidth : kRows;
+  for (int64_t i = 0; i < nq; i += together) {
+    const int64_t n = least(together, nq - i);
     const Range r = mask.keys(q0 + i, n);
     const CellRange along = cells_of({r.begin - k0, r.end - k0}, nk);
     if (along.size == 0 && !init) continue;
-    multiply_rows<kAlongColumns>(n, width, along.size, tile + along.begin * kQueries + i, kQueries,
-                                 rows.data + along.begin * rows.stride, rows.stride, to + i * stride, stride,
-                                 init);
+    const Cell* from = tile + along.begin * kQueries + i;
+    if constexpr (kTurned) {
+      for (int64_t d = 0; d < wide; d += kRows)
+        multiply_rows<kAlongRows>(least<int64_t>(kRows, wide - d), n, along.size,
+                                  rows.data + d * rows.stride + along.begin, rows.stride, from, kQueries,
+                                  to + d * kQueries + i, kQueries, init);
+    } else {
+      multiply_rows<kAlongColumns>(n, width, along.size, from, kQueries,
+                                   rows.data + along.begin * rows.stride, rows.stride, to + i * wide, wide,
+                                   init);
+    }
   }
 }
 

@@ -3,6 +3,11 @@
 
 #include "kernels.h"
 
+#ifdef ATTN_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(ATTN_HAVE_AVX2) || defined(ATTN_HAVE_AVX512)
 #ifdef _MSC_VER
 #include <intrin.h>
@@ -13,6 +18,9 @@
 
 namespace attn::cpu {
 
+namespace amx {
+extern const Kernels table;
+}
 namespace avx512bf16 {
 extern const Kernels table;
 }
@@ -38,6 +46,7 @@ struct Leaf {
   bool a(int bit) const { return eax >> bit & 1; }
   bool b(int bit) const { return ebx >> bit & 1; }
   bool c(int bit) const { return ecx >> bit & 1; }
+  bool d(int bit) const { return edx >> bit & 1; }
 };
 
 Leaf leaf(uint32_t number, uint32_t part = 0) {
@@ -78,6 +87,18 @@ bool has_avx512() {
 }
 #ifdef ATTN_HAVE_AVX512BF16
 bool has_avx512bf16() { return has_avx512() && leaf(7, 1).a(5); }
+#ifdef ATTN_HAVE_AMX
+// Linux lets a process use the tiles' registers, XCR0's component 18, once it has asked for them.
+bool grants_tiles() {
+  constexpr long kAskForComponent = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kAskForComponent, kTileData) == 0;
+}
+bool has_amx() {
+  if (!has_avx512bf16() || (saved_registers() & 0x60000) != 0x60000) return false;
+  const Leaf seven = leaf(7);
+  return seven.d(22) && seven.d(24) && grants_tiles();  // AMX-BF16, AMX-TILE
+}
+#endif
 
 // Whether a pair of bf16 is multiplied as quickly as a float. Measured, it is on AMD's cores (Zen 4: a dot
 // per cycle) and not on Intel's, where widening wins (half the rate of float). Asked of the maker and not of
@@ -98,6 +119,9 @@ struct Set {
 };
 
 const Set kSets[] = {
+#ifdef ATTN_HAVE_AMX
+    {&amx::table, has_amx, always},
+#endif
 #ifdef ATTN_HAVE_AVX512BF16
     {&avx512bf16::table, has_avx512bf16, bf16_is_fast},
 #endif

@@ -6,8 +6,8 @@
 #pragma once
 #include "band.h"
 #include "softmax.h"
+#include "sums.h"
 #include "tiles.h"
-#include "weights.h"
 
 namespace attn::cpu::ATTN_ISA {
 namespace {
@@ -42,8 +42,8 @@ struct ForwardSpace {
     }
     const bool narrow = p->dtype == Dtype::bf16 || p->dtype == Dtype::f16;
     k = c.take<Cell>(narrow ? round_up(cells(p->D), kWidth) * kMaxKeys : 0);
-    v = c.take<Cell>(cells(kMaxKeys) * wide_v);
-    this->p = c.take<Cell>(kPerCell > 1 ? cells(kMaxKeys) * kQueries : 0);
+    v = c.take<Cell>(depth_of(kMaxKeys) * wide_v);
+    this->p = c.take<Cell>(kPerCell > 1 ? depth_of(kMaxKeys) * kQueries : 0);
     seen = c.take<uint64_t>(kMaxKeys);
     kept = c.take<uint64_t>(kMaxKeys);
     weights = WeightSpace(c, p->S, keeps_weights, average);
@@ -104,7 +104,7 @@ struct Forward {
           drop(seen, dropout.inverse, nq, nk, scores);
         }
         if (weights) w.weights.remember(k0, nk, seen, t.rows->m);
-        if (!right.data) right = right_operand(v + k0 * p.v.row, p.v.row, count, p.Dv, w.v);
+        if (!right.data) right = key_operand(v + k0 * p.v.row, p.v.row, count, p.Dv, w.v);
         add_to_queries(mask, t.q0, nq, k0, nk, columns_of(scores, nq, nk, w.p), right, p.Dv, t.out, t.first);
         t.first = false;
       }
@@ -121,7 +121,7 @@ struct Forward {
   void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real* scores) const {
     t.rows->reset_maxima(t.live);
     raise_maxima(scores, t.live, nk, t.rows->maxima);
-    if (t.rows->move(t.live) && !t.first) shrink(t, round_up(p.Dv, kWidth));
+    if (t.rows->move(t.live) && !t.first) scale_sums(t.rows->factor, t.live, p.Dv, t.out);
     exponentials(seen, t.live, nk, t.rows->m, t.rows->l, scores);
   }
 
@@ -137,24 +137,14 @@ struct Forward {
     const int64_t at = (s.batch * p.Hq + head) * p.L + s.q_first + t.q0;
     Real* m = p.m ? static_cast<Real*>(p.m) + at : nullptr;
     Real* l = p.l ? static_cast<Real*>(p.l) + at : nullptr;
+    Real factor[kQueries] = {};
     for (int64_t i = 0; i < t.size; ++i) {
       const Real total = i < t.live ? t.rows->l[i] : 0;
-      if (total == 0)
-        zero_row(p.Dv, out + i * p.out.row);
-      else
-        write_row(t.out + i * round_up(p.Dv, kWidth), 1 / total, p.Dv, out + i * p.out.row);
+      factor[i] = total == 0 ? 0 : 1 / total;
       if (m) m[i] = total == 0 ? -kInfinity : t.rows->m[i];
       if (l) l[i] = total;
     }
-  }
-
-  static void shrink(ForwardTile& t, int64_t stride) {
-    for (int64_t i = 0; i < t.live; ++i) {
-      if (t.rows->factor[i] == 1) continue;
-      const Vec f = set(t.rows->factor[i]);
-      Real* row = t.out + i * stride;
-      for (int64_t d = 0; d < stride; d += kWidth) store(row + d, mul(load(row + d), f));
-    }
+    write_sums(factor, t.size, p.Dv, t.out, out, p.out.row);
   }
 
   // Tiles of one sequence and head go together.
@@ -163,6 +153,7 @@ struct Forward {
     const int64_t heads = f.heads(), last = least((i + 1) * f.together, query_tiles(f.p) * heads);
     ForwardSpace w =
         carve<ForwardSpace>(&f.p, f.together, f.weights != nullptr, f.weights && f.weights->average);
+    const Tiles tiles;
     int64_t n = 0;
     for (int64_t at = i * f.together; at < last; ++at) {
       const QueryTile t(f.p, at, heads);

@@ -85,6 +85,7 @@ struct BiasGradient {
     const Part keys(i, f.p.S, f.step, d.col == 0), rows(i, f.p.L, kQueries, d.row == 0);
     const Part heads(i, f.p.Hq, 1, d.head == 0), batch(i, f.p.B, 1, d.batch == 0);
     BiasSpace<T> w = carve<BiasSpace<T>>(&f.p, &f.b);
+    const Tiles tiles;
     zero_row(kGradientKeys * kQueries, w.sums);
     for (int64_t n = batch.begin; n < batch.end; ++n) {
       const Sequence s(f.p, n);

@@ -32,8 +32,8 @@ struct GradientQueries {
     const int64_t wide_k = round_up(D, kWidth), wide_v = round_up(Dv, kWidth);
     packed_q = c.take<Cell>(packed_size(D));
     packed_g = c.take<Cell>(packed_size(Dv));
-    q_space = c.take<Cell>(cells(kQueries) * wide_k);
-    g_space = c.take<Cell>(cells(kQueries) * wide_v);
+    q_space = c.take<Cell>(depth_of(kQueries) * wide_k);
+    g_space = c.take<Cell>(depth_of(kQueries) * wide_v);
     live_q = c.take<T>(D * kQueries);
     live_g = c.take<T>(Dv * kQueries);
     dq = c.take<Real>(wide_k * kQueries);
@@ -59,7 +59,7 @@ struct GradientSpace {
     const int64_t wide_k = round_up(problem.D, kWidth), wide_v = round_up(problem.Dv, kWidth);
     const int64_t tile = kGradientKeys * kQueries;
     for (int64_t i = 0; i < tiles; ++i) queries[i].take(c, problem.D, problem.Dv, type);
-    k = c.take<Cell>(is_near<T>(problem.k.row, problem.D) ? 0 : wide_k * cells(keys));
+    k = c.take<Cell>(is_near<T>(problem.k.row, problem.D) ? 0 : wide_k * depth_of(keys));
     v = c.take<Cell>(is_near<T>(problem.v.row, problem.Dv) || !kOneForm ? 0 : wide_v * cells(keys));
     left_k = c.take<Cell>(kOneForm ? 0 : kGradientKeys * round_up(cells(problem.D), kWidth));
     left_v = c.take<Cell>(kOneForm ? 0 : kGradientKeys * round_up(cells(problem.Dv), kWidth));
@@ -171,7 +171,7 @@ struct GradientTile {
   int64_t k0 = 0, nk = 0;
   const uint64_t* seen = nullptr;  // null: all
   Operand k{}, v{};                // left operands
-  Operand right_k{};
+  Operand summed_k{};              // a key_operand
 
   GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t which,
                GradientSpace& space)
@@ -269,9 +269,9 @@ struct GradientTile {
  private:
   void read_keys() {
     uint8_t& copied = w.copied[k0 / step()];
-    right_k = key_rows(p.k, p.D, w.k, copied);
+    summed_k = key_rows(p.k, p.D, w.k, copied);
     if constexpr (kOneForm) {
-      k = right_k;
+      k = summed_k;
       v = key_rows(p.v, p.Dv, w.v, copied);
     } else {
       k = left_operand(key_at(p.k), p.k.row, nk, p.D, w.left_k);
@@ -284,10 +284,10 @@ struct GradientTile {
   }
   // The whole tile from k0 on, whatever part of it these queries see.
   Operand key_rows(const Rows& rows, int64_t width, Cell* all, bool copied) const {
-    const int64_t wide = round_up(width, kWidth);
+    const int64_t wide = round_up(width, kWidth), keys = least(step(), s.keys - k0);
     Cell* space = all + k0 / kPerCell * wide;
-    if (copied && !is_near<T>(rows.row, width)) return {space, wide};
-    return right_operand(key_at(rows), rows.row, least(step(), s.keys - k0), width, space);
+    if (copied && !is_near<T>(rows.row, width)) return {space, kTurned ? depth_of(keys) : wide};
+    return key_operand(key_at(rows), rows.row, keys, width, space);
   }
 
   // These queries' rows, packed and as a right operand; zeros where they are dead.

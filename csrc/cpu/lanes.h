@@ -17,7 +17,8 @@
 //
 //   transpose      kWidth vectors; true_bytes: 64 bytes to 64 bits; at_least: words to bits
 //
-// One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells.
+// One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells; one whose products
+// are of tiles ATTN_TILES and kDepth besides (product_amx.h).
 #pragma once
 #include <limits>
 
@@ -40,6 +41,10 @@ ATTN_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 ATTN_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+#ifndef ATTN_TILES
+constexpr int kDepth = 1;  // products sum over multiples of so many cells
+#endif
 
 #ifndef ATTN_PAIRS
 using Cell = Real;  // see operands.h

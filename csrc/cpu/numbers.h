@@ -57,6 +57,11 @@ ATTN_INLINE Operand left_operand(const T* from, int64_t stride, int64_t rows, in
   }
 }
 
+template <class T>
+ATTN_INLINE Operand key_operand(const T* from, int64_t stride, int64_t rows, int64_t width, Cell* space) {
+  return right_operand(from, stride, rows, width, space);
+}
+
 ATTN_INLINE const Cell* columns_of(const Real* tile, int64_t, int64_t, Cell*) { return tile; }
 ATTN_INLINE const Cell* rows_of(const Real* tile, int64_t, int64_t, Cell*) { return tile; }
 

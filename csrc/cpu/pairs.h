@@ -38,6 +38,8 @@ ATTN_INLINE void pack_columns(const Bf16* from, int64_t stride, int64_t rows, in
     }
 }
 
+ATTN_INLINE void clear_cells(Cell* at, int64_t n) { memset(at, 0, static_cast<size_t>(n) * sizeof(Cell)); }
+
 template <class T>
 ATTN_INLINE bool is_near(int64_t, int64_t) {
   return false;
@@ -51,11 +53,13 @@ ATTN_INLINE Operand right_operand(const Bf16* from, int64_t stride, int64_t rows
       store_cells(space + r / 2 * wide + d,
                   pairs_across(first, r + 1 < rows ? first + stride : nullptr, width - d));
     }
+  clear_cells(space + cells(rows) * wide, (depth_of(rows) - cells(rows)) * wide);
   return {space, wide};
 }
-// In place for even widths and strides, else copied into `space` of rows * round_up(cells(width), kWidth).
+// In place for even widths (whole depths) and strides, else copied into `space` of rows *
+// round_up(cells(width), kWidth).
 ATTN_INLINE Operand left_operand(const Bf16* from, int64_t stride, int64_t rows, int64_t width, Cell* space) {
-  if (width % 2 == 0 && stride % 2 == 0) return {reinterpret_cast<const Cell*>(from), stride / 2};
+  if (width % (2 * kDepth) == 0 && stride % 2 == 0) return {reinterpret_cast<const Cell*>(from), stride / 2};
   const int64_t wide = round_up(cells(width), kWidth);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < cells(width); d += kWidth)
@@ -63,7 +67,32 @@ ATTN_INLINE Operand left_operand(const Bf16* from, int64_t stride, int64_t rows,
   return {space, wide};
 }
 
-// Rounds a tile. `space` has room for (nk + 1) / 2 rows of kQueries.
+// The rows turned, in strips of kDepth pairs of them.
+ATTN_INLINE Operand turned_operand(const Bf16* from, int64_t stride, int64_t rows, int64_t width,
+                                   Cell* space) {
+  const int64_t depth = depth_of(rows);
+  for (int64_t r = 0; r < depth; r += kWidth)
+    for (int64_t d = 0; d < width; d += kWidth) {
+      Vec t[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const int64_t row = 2 * (r + i);
+        const Bf16* first = from + row * stride + d;
+        t[i] = row >= rows
+                   ? zero()
+                   : as_numbers(pairs_across(first, row + 1 < rows ? first + stride : nullptr, width - d));
+      }
+      transpose(t);
+      ATTN_UNROLL
+      for (int i = 0; i < kWidth; ++i) store_cells(space + (d + i) * depth + r, as_cells(t[i]));
+    }
+  return {space, depth};
+}
+ATTN_INLINE Operand key_operand(const Bf16* from, int64_t stride, int64_t rows, int64_t width, Cell* space) {
+  if constexpr (kTurned) return turned_operand(from, stride, rows, width, space);
+  return right_operand(from, stride, rows, width, space);
+}
+
+// Rounds a tile. `space` has room for depth_of(nk) rows of kQueries.
 ATTN_NOINLINE const Cell* columns_of(const Real* tile, int64_t nq, int64_t nk, Cell* space) {
   for (int64_t j = 0; j < nk; j += 2)
     for (int64_t c = 0; c < nq; c += kWidth) {
@@ -71,6 +100,7 @@ ATTN_NOINLINE const Cell* columns_of(const Real* tile, int64_t nq, int64_t nk, C
       const Vec second = j + 1 < nk ? load(at + kQueries) : zero();
       store_cells(space + j / 2 * kQueries + c, pair_lanes(load(at), second));
     }
+  clear_cells(space + cells(nk) * kQueries, (depth_of(nk) - cells(nk)) * kQueries);
   return space;
 }
 // Room for nk rows of kQueries / 2; queries from nq on are 0.

@@ -1,7 +1,7 @@
 // Multiply-adds in registers alone: what the arithmetic of this CPU allows, for benchmarks to measure
 // themselves by.
 #pragma once
-#include "operands.h"
+#include "product.h"
 
 namespace attn::cpu::ATTN_ISA {
 namespace {
@@ -9,6 +9,16 @@ namespace {
 // Runs `rounds` of multiply-adds of cells that wait for no memory and not for each other; returns how many
 // operations they are.
 double multiply_adds(int64_t rounds) {
+#ifdef ATTN_TILES
+  const Tiles tiles;  // all of them 0
+  for (int64_t r = 0; r < rounds; ++r) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 2.0 * 4 * 16 * kDepth * kWidth * kPerCell * static_cast<double>(rounds);
+#else
   constexpr int kChains = 12;
   Vec acc[kChains];
   ATTN_UNROLL
@@ -25,6 +35,7 @@ double multiply_adds(int64_t rounds) {
   const volatile Real used = sum(total);  // or the compiler would leave all of it out
   static_cast<void>(used);
   return 2.0 * kChains * kWidth * kPerCell * static_cast<double>(rounds);
+#endif
 }
 
 }  // namespace

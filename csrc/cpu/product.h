@@ -18,6 +18,15 @@ namespace {
 
 enum Side { kAlongRows, kAlongColumns };
 
+}  // namespace
+}  // namespace attn::cpu::ATTN_ISA
+
+#ifdef ATTN_TILES
+#include "product_amx.h"
+#else
+namespace attn::cpu::ATTN_ISA {
+namespace {
+
 template <int M, int N, Side side>
 ATTN_INLINE void accumulate(Vec (&acc)[M][N], const Cell* a, int64_t as, const Cell* b, int64_t bs,
                             int64_t depth) {
@@ -79,14 +88,32 @@ struct Blocks {
       BlocksOf<4, side>::by_columns, BlocksOf<5, side>::by_columns, BlocksOf<6, side>::by_columns};
 };
 
+// One block, of `vectors` columns.
+template <Side side>
+ATTN_INLINE void multiply_block(int64_t rows, int64_t vectors, int64_t depth, const Cell* a, int64_t as,
+                                const Cell* b, int64_t bs, Real* c, int64_t cs, bool init, Real factor) {
+  Blocks<side>::by_rows[rows - 1][vectors - 1](depth, a, as, b, bs, c, cs, init, factor);
+}
+
+// What a unit of work holds while it makes products.
+struct Tiles {
+  ATTN_INLINE Tiles() {}
+};
+
+}  // namespace
+}  // namespace attn::cpu::ATTN_ISA
+#endif
+
+namespace attn::cpu::ATTN_ISA {
+namespace {
+
 // One row of blocks: up to kRows rows, any columns.
 template <Side side>
 ATTN_INLINE void multiply_rows(int64_t rows, int64_t columns, int64_t depth, const Cell* a, int64_t as,
                                const Cell* b, int64_t bs, Real* c, int64_t cs, bool init) {
-  const BlockFunction* blocks = Blocks<side>::by_rows[rows - 1];
   for (int64_t j = 0; j < columns; j += kCols * kWidth) {
     const int64_t vectors = least<int64_t>(kCols, (columns - j + kWidth - 1) / kWidth);
-    blocks[vectors - 1](depth, a, as, b + j, bs, c + j, cs, init, 1);
+    multiply_block<side>(rows, vectors, depth, a, as, b + j, bs, c + j, cs, init, 1);
   }
 }
 

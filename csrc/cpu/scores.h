@@ -40,12 +40,11 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, in
       some = 0;
       for (int64_t i = 0; i < rows; ++i) some |= seen[r + i];
     }
-    const BlockFunction* blocks = Blocks<kAlongRows>::by_rows[rows - 1];
     for (int64_t c = 0; c < nq; c += kCols * kWidth) {
       if (!(some >> c & kBlockBits)) continue;
       const int64_t vectors = least<int64_t>(kCols, (nq - c + kWidth - 1) / kWidth);
-      blocks[vectors - 1](cells(width), k.data + r * k.stride, k.stride, packed + c, kQueries,
-                          s + r * kQueries + c, kQueries, true, factor);
+      multiply_block<kAlongRows>(rows, vectors, depth_of(width), k.data + r * k.stride, k.stride, packed + c,
+                                 kQueries, s + r * kQueries + c, kQueries, true, factor);
     }
   }
 }

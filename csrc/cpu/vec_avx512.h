@@ -11,7 +11,10 @@ using Real = float;
 using Vec = __m512;
 using Lanes = __mmask16;
 using Words = __m512i;
-constexpr int kWidth = 16, kRows = 6, kCols = 4;
+constexpr int kWidth = 16;
+#ifndef ATTN_TILES
+constexpr int kRows = 6, kCols = 4;
+#endif
 
 ATTN_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 ATTN_INLINE Vec load(const Bf16* p) {

@@ -179,6 +179,7 @@ struct FromResiduals {
     const QueryTile t(p, i / key_tiles, f.weights.average ? 1 : p.Hq);
     const Sequence s(p, t.sequence);
     ResidualSpace w = carve<ResidualSpace>(&p);
+    const Tiles tiles;
     const int64_t nk = least<int64_t>(kMaxKeys, p.S - k0), live = clamp(s.queries - t.q0, 0, t.rows);
     memset(w.mean, 0, static_cast<size_t>(nk * kQueries) * sizeof(Real));
     const int64_t last = f.weights.average ? p.Hq : t.head + 1;
