@@ -95,9 +95,11 @@ struct Forward {
         if (t.first) read_queries(s, head, t);
         if (!left.data) left = left_operand(k + k0 * p.k.row, p.k.row, count, p.D, w.k);
         Real* scores = weights ? w.s + k0 * kQueries : w.s;
-        score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
-                   right.data ? Ahead() : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
-        soften(t, nk, seen, scores);
+        const Real factor = score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
+                                       right.data ? Ahead() : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
+        // What nobody else wants need not be written as numbers.
+        const bool as_cells = !kOneForm && !weights && !dropout.on;
+        soften(t, nk, seen, factor, scores, as_cells ? w.p : nullptr);
         if (dropout.on) {
           dropout_tile(dropout, t.q0, nq, k0, nk, w.kept);
           seen = both(seen, nk, w.kept);
@@ -105,7 +107,8 @@ struct Forward {
         }
         if (weights) w.weights.remember(k0, nk, seen, t.rows->m);
         if (!right.data) right = key_operand(v + k0 * p.v.row, p.v.row, count, p.Dv, w.v);
-        add_to_queries(mask, t.q0, nq, k0, nk, columns_of(scores, nq, nk, w.p), right, p.Dv, t.out, t.first);
+        add_to_queries(mask, t.q0, nq, k0, nk, as_cells ? w.p : columns_of(scores, nq, nk, w.p), right, p.Dv,
+                       t.out, t.first);
         t.first = false;
       }
     }
@@ -117,12 +120,17 @@ struct Forward {
                  t.packed);
   }
 
-  // Scores to exponentials, and what was summed up before to their shift.
-  void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real* scores) const {
+  // Scores to exponentials (in `columns`, where given), and what was summed up before to their shift.
+  void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real factor, Real* scores,
+              Cell* columns) const {
     t.rows->reset_maxima(t.live);
     raise_maxima(scores, t.live, nk, t.rows->maxima);
+    t.rows->scale_maxima(t.live, factor);
     if (t.rows->move(t.live) && !t.first) scale_sums(t.rows->factor, t.live, p.Dv, t.out);
-    exponentials(seen, t.live, nk, t.rows->m, t.rows->l, scores);
+    if (columns)
+      exponentials<!kOneForm>(seen, t.live, nk, factor, t.rows->m, t.rows->l, scores, columns);
+    else
+      exponentials(seen, t.live, nk, factor, t.rows->m, t.rows->l, scores);
   }
 
   void run(const Sequence& s, int64_t head, int64_t n, ForwardSpace& w) const {

@@ -78,15 +78,16 @@ struct GradientSpace {
   ATTN_INLINE void forget_keys() { memset(copied, 0, static_cast<size_t>(key_tiles)); }
 };
 
-// p: scores to probabilities, and ds: dP to dS where it is given. Hidden pairs become 0, whatever stands
-// there.
+// p: scores, which `factor` is left to multiply, to probabilities, and ds: dP to dS where it is given. Hidden
+// pairs become 0, whatever stands there.
 template <int N>
 ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t nk, const GradientQueries& of,
-                                       Real* p, Real* ds) {
-  Vec m[N], inverse[N], delta[N];
+                                       Real factor, Real* p, Real* ds) {
+  const Vec times = set(factor);
+  Vec minus_m[N], inverse[N], delta[N];
   ATTN_UNROLL
   for (int i = 0; i < N; ++i) {
-    m[i] = load(of.m + c + i * kWidth);
+    minus_m[i] = sub(zero(), load(of.m + c + i * kWidth));
     inverse[i] = load(of.inverse + c + i * kWidth);
     delta[i] = load(of.delta + c + i * kWidth);
   }
@@ -96,7 +97,7 @@ ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t 
     const uint64_t bits = seen ? seen[j] >> c & all : all;
     ATTN_UNROLL
     for (int i = 0; i < N; ++i) {
-      Vec x = mul(exp_of(sub(load(p + at + i * kWidth), m[i])), inverse[i]);
+      Vec x = mul(softened(load(p + at + i * kWidth), times, minus_m[i]), inverse[i]);
       Vec y = ds ? mul(x, sub(load(ds + at + i * kWidth), delta[i])) : zero();
       if (bits != all) {
         const Lanes on = lanes_of(bits >> (i * kWidth) & bits_between(0, kWidth));
@@ -109,11 +110,11 @@ ATTN_INLINE void differentiate_columns(const uint64_t* seen, int64_t c, int64_t 
   }
 }
 
-ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nk, const GradientQueries& of, Real* p,
-                                 Real* ds) {
+ATTN_NOINLINE void differentiate(const uint64_t* seen, int64_t nk, const GradientQueries& of, Real factor,
+                                 Real* p, Real* ds) {
   int64_t c = 0;
-  for (; c + kWidth < of.nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, of, p, ds);
-  if (c < of.nq) differentiate_columns<1>(seen, c, nk, of, p, ds);
+  for (; c + kWidth < of.nq; c += 2 * kWidth) differentiate_columns<2>(seen, c, nk, of, factor, p, ds);
+  if (c < of.nq) differentiate_columns<1>(seen, c, nk, of, factor, p, ds);
 }
 
 // ds times the derivative of the soft cap, which is anything where the pair is hidden.
@@ -172,6 +173,7 @@ struct GradientTile {
   const uint64_t* seen = nullptr;  // null: all
   Operand k{}, v{};                // left operands
   Operand summed_k{};              // a key_operand
+  Real factor = 1;                 // left of the scores: score_tile
 
   GradientTile(const Problem& problem, const Backward& backward, const Sequence& sequence, int64_t which,
                GradientSpace& space)
@@ -231,7 +233,7 @@ struct GradientTile {
     for (int64_t at = of->keys.begin; at < of->keys.end; at += step()) {
       if (!go_to_keys(at, least(step(), of->keys.end - at))) continue;
       scores(nullptr);
-      differentiate(seen, nk, *of, w.p, nullptr);
+      differentiate(seen, nk, *of, factor, w.p, nullptr);
       if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.p);
       zero_row(nk * kQueries, w.d_weights);
       add_weights(w.d_weights);
@@ -260,8 +262,8 @@ struct GradientTile {
     score_products(v, p.Dv, of->packed_g, of->nq, nk, seen, 1, w.ds);
     if (b.d_weights.data) add_weights(w.ds);
     if (dropout.on) drop(w.kept, dropout.inverse, of->nq, nk, w.ds);
-    if (!of->one_tile) return differentiate(seen, nk, *of, w.p, w.ds);
-    differentiate(seen, nk, *of, w.p, nullptr);
+    if (!of->one_tile) return differentiate(seen, nk, *of, factor, w.p, w.ds);
+    differentiate(seen, nk, *of, factor, w.p, nullptr);
     add_products(seen, of->nq, nk, w.p, w.ds, of->delta);
     subtract_delta(seen, nk, *of, w.p, w.ds);
   }
@@ -311,7 +313,7 @@ struct GradientTile {
   }
 
   void scores(Real* d_cap) {
-    score_tile(extras, k, p.D, of->packed_q, of->q0, of->nq, k0, nk, seen, w.p, d_cap);
+    factor = score_tile(extras, k, p.D, of->packed_q, of->q0, of->nq, k0, nk, seen, w.p, d_cap);
     if (dropout.on) dropout_tile(dropout, of->q0, of->nq, k0, nk, w.kept);
   }
 

@@ -17,8 +17,8 @@
 //
 //   transpose      kWidth vectors; true_bytes: 64 bytes to 64 bits; at_least: words to bits
 //
-// One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells; one whose products
-// are of tiles ATTN_TILES and kDepth besides (product_amx.h).
+// One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells; one whose
+// products are of tiles ATTN_TILES and kDepth besides (product_amx.h).
 #pragma once
 #include <limits>
 

@@ -62,6 +62,10 @@ ATTN_INLINE Operand key_operand(const T* from, int64_t stride, int64_t rows, int
   return right_operand(from, stride, rows, width, space);
 }
 
+ATTN_INLINE void store_columns(const Vec* keys, int n, Cell* to) {
+  for (int i = 0; i < n; ++i) store(to + i * kQueries, keys[i]);
+}
+ATTN_INLINE void end_columns(int64_t, Cell*) {}
 ATTN_INLINE const Cell* columns_of(const Real* tile, int64_t, int64_t, Cell*) { return tile; }
 ATTN_INLINE const Cell* rows_of(const Real* tile, int64_t, int64_t, Cell*) { return tile; }
 

@@ -6,7 +6,8 @@
 //   left_operand     rows as they are, [row][width / kPerCell]: the sum goes along them
 //   right_operand    [row / kPerCell][width]: the sum goes over the rows
 //   pack_columns     rows turned, [width / kPerCell][kQueries]: as the right operand, the sum goes along them
-//   columns_of       a tile [key][query] for a sum over its keys, [key / kPerCell][kQueries]
+//   columns_of       a tile [key][query] for a sum over its keys, [key / kPerCell][kQueries]; store_columns
+//                    makes that of kWidth queries of a few keys, and end_columns what stands behind the last
 //   rows_of          the same for a sum over its queries, [key][kQueries / kPerCell]
 //   key_operand      rows of keys for a sum over them: a right operand, or where kTurned a left one,
 //                    [round_up(width, kWidth)][row / kPerCell]

@@ -92,7 +92,16 @@ ATTN_INLINE Operand key_operand(const Bf16* from, int64_t stride, int64_t rows, 
   return right_operand(from, stride, rows, width, space);
 }
 
-// Rounds a tile. `space` has room for depth_of(nk) rows of kQueries.
+// Round a tile, into room for depth_of(nk) rows of kQueries. A NaN among exponentials is in their sum,
+// whatever becomes of it here.
+ATTN_INLINE void store_columns(const Vec* exponentials, int n, Cell* to) {
+  for (int i = 0; i < n; i += 2)
+    store_cells(to + i / 2 * kQueries,
+                pair_exponentials(exponentials[i], i + 1 < n ? exponentials[i + 1] : zero()));
+}
+ATTN_INLINE void end_columns(int64_t nk, Cell* to) {
+  clear_cells(to + cells(nk) * kQueries, (depth_of(nk) - cells(nk)) * kQueries);
+}
 ATTN_NOINLINE const Cell* columns_of(const Real* tile, int64_t nq, int64_t nk, Cell* space) {
   for (int64_t j = 0; j < nk; j += 2)
     for (int64_t c = 0; c < nq; c += kWidth) {
@@ -100,7 +109,7 @@ ATTN_NOINLINE const Cell* columns_of(const Real* tile, int64_t nq, int64_t nk, C
       const Vec second = j + 1 < nk ? load(at + kQueries) : zero();
       store_cells(space + j / 2 * kQueries + c, pair_lanes(load(at), second));
     }
-  clear_cells(space + cells(nk) * kQueries, (depth_of(nk) - cells(nk)) * kQueries);
+  end_columns(nk, space);
   return space;
 }
 // Room for nk rows of kQueries / 2; queries from nq on are 0.

@@ -195,26 +195,42 @@ ATTN_INLINE void hide(const uint64_t* seen, int64_t nq, int64_t nk, Real* s) {
 }
 
 // Raises maxima[query] to the largest score of each query; a NaN is passed over.
-ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxima) {
-  for (int64_t c = 0; c < nq; c += kWidth) {
-    Vec x = load(maxima + c), y = x;
-    int64_t j = 0;
-    for (; j + 1 < nk; j += 2) {
-      x = max(load(s + j * kQueries + c), x);
-      y = max(load(s + (j + 1) * kQueries + c), y);
+template <int N>
+ATTN_INLINE void raise_maxima(const Real* s, int64_t nk, Real* maxima) {
+  Vec x[N], y[N];  // chains enough that none waits for another
+  ATTN_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = y[i] = load(maxima + i * kWidth);
+  int64_t j = 0;
+  for (; j + 1 < nk; j += 2) {
+    ATTN_UNROLL
+    for (int i = 0; i < N; ++i) {
+      x[i] = max(load(s + j * kQueries + i * kWidth), x[i]);
+      y[i] = max(load(s + (j + 1) * kQueries + i * kWidth), y[i]);
     }
-    if (j < nk) x = max(load(s + j * kQueries + c), x);
-    store(maxima + c, max(x, y));
+  }
+  ATTN_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if (j < nk) x[i] = max(load(s + j * kQueries + i * kWidth), x[i]);
+    store(maxima + i * kWidth, max(x[i], y[i]));
   }
 }
+ATTN_INLINE void raise_maxima(const Real* s, int64_t nq, int64_t nk, Real* maxima) {
+  int64_t c = 0;
+  for (; c + 3 * kWidth < nq; c += 4 * kWidth) raise_maxima<4>(s + c, nk, maxima + c);
+  for (; c < nq; c += kWidth) raise_maxima<1>(s + c, nk, maxima + c);
+}
 
-// The scores of one tile, finished. `seen`: null where classify said kFull. Hidden pairs become -infinity.
-ATTN_INLINE void score_tile(const Extras& extras, Operand k, int64_t width, const Cell* packed, int64_t q0,
+// The scores of one tile, finished but for a positive factor, which is returned. `seen`: null where classify
+// said kFull. Hidden pairs become -infinity.
+ATTN_INLINE Real score_tile(const Extras& extras, Operand k, int64_t width, const Cell* packed, int64_t q0,
                             int64_t nq, int64_t k0, int64_t nk, const uint64_t* seen, Real* s, Real* d_cap,
                             const Ahead& ahead = Ahead()) {
-  score_products(k, width, packed, nq, nk, seen, extras.scale, s, ahead, extras.ahead(q0, k0, nk));
+  const bool later = extras.none() && extras.scale > 0;
+  score_products(k, width, packed, nq, nk, seen, later ? 1 : extras.scale, s, ahead,
+                 extras.ahead(q0, k0, nk));
   if (!extras.none()) add_extras(extras, q0, nq, k0, nk, s, d_cap);
   if (seen) hide(seen, nq, nk, s);
+  return later ? extras.scale : 1;
 }
 
 // Multiplies by `factor` where the pair is kept, else 0.

@@ -50,6 +50,17 @@ ATTN_INLINE Cells pair_lanes(Vec x, Vec y) {
                                                  11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), pair_neighbours(x, y));
 }
+#ifdef ATTN_TILES
+// The same with halves rounded up, in fewer steps on the cores that have tiles; a NaN may be lost.
+ATTN_INLINE Cells pair_exponentials(Vec x, Vec y) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i first = _mm512_add_epi32(_mm512_castps_si512(x), half);
+  const __m512i second = _mm512_add_epi32(_mm512_castps_si512(y), half);
+  return _mm512_mask_mov_epi16(_mm512_srli_epi32(first, 16), 0xaaaaaaaa, second);
+}
+#else
+ATTN_INLINE Cells pair_exponentials(Vec x, Vec y) { return pair_lanes(x, y); }
+#endif
 
 }  // namespace
 }  // namespace attn::cpu::ATTN_ISA

@@ -154,8 +154,8 @@ struct FromResiduals {
     const Dropout dropout(p, s, head);
     const T* k = rows_at<T>(p.k, s.batch, head / (p.Hq / p.Hkv), k0);
     pack_columns(rows_at<T>(p.q, s.batch, head, q0), p.q.row, live, p.D, query_scale(p), w.packed);
-    score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0, live, k0, nk, seen, w.s,
-               nullptr);
+    const Real scores_factor = score_tile(extras, left_operand(k, p.k.row, nk, p.D, w.k), p.D, w.packed, q0,
+                                          live, k0, nk, seen, w.s, nullptr);
     Real m[kQueries] = {}, l[kQueries] = {}, factor[kQueries] = {};
     const int64_t first = (s.batch * p.Hq + head) * p.L + q0;
     for (int64_t i = 0; i < live; ++i) {
@@ -163,7 +163,7 @@ struct FromResiduals {
       const Real total = static_cast<const Real*>(p.l)[first + i];
       factor[i] = total == 0 ? 0 : 1 / total;
     }
-    exponentials(seen, live, nk, m, l, w.s);
+    exponentials(seen, live, nk, scores_factor, m, l, w.s);
     if (dropout.on) {
       dropout_tile(dropout, q0, live, k0, nk, w.kept);
       seen = both(seen, nk, w.kept);
