@@ -28,11 +28,13 @@ SETS = {  # instruction set -> machine, flags of gcc and clang, flags of MSVC
     "avx2": ("x86_64", _AVX2, ("/arch:AVX2",)),
     "avx512": ("x86_64", _AVX512, ("/arch:AVX512",)),
     "avx512bf16": ("x86_64", (*_AVX512, "-mavx512bf16"), ("/arch:AVX512",)),
-    "amx": ("x86_64", (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), None),  # Linux is asked for its registers
+    "amx": ("x86_64", (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), ("/arch:AVX512",)),
     "neon": ("aarch64", (), ()),
 }
 """A source whose name ends in `_<set>` is compiled with the flags of that set alone, all others for any CPU of the
 machine: which set runs is decided when the library is loaded."""
+LINUX_ONLY = frozenset({"amx"})
+"""Sets whose registers are asked for in the way of Linux."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def available_sets(compiler: Compiler) -> list[str]:
     for name, (machine, *flags) in SETS.items():
         own = flags[1] if compiler.kind == "msvc" else flags[0]
         header = "arm_neon.h" if machine == "aarch64" else "immintrin.h"
+        if name in LINUX_ONLY and not sys.platform.startswith("linux"):
+            continue
         if machine == compiler.machine and not _failure(compiler, own, f"#include <{header}>\n"):
             found.append(name)
     return found

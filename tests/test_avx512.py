@@ -1,4 +1,5 @@
-"""The AVX-512 kernels on a CPU without AVX-512: the same sources over SIMDe's emulation of the intrinsics."""
+"""The AVX-512 and AMX kernels on a CPU without them: the same sources over SIMDe's emulation of the intrinsics, and
+plain C++ for the tiles."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 
 from attn import native
 
-EMULATED = ("avx512bf16", "avx512")
+EMULATED = ("amx", "avx512bf16", "avx512")
 HEADERS = Path(__file__).with_name("emulated_avx512")
 
 pytestmark = [
@@ -28,10 +29,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copied tree whose library takes this CPU for one with AVX-512."""
+    """A copied tree whose library takes this CPU for one with AVX-512 and AMX."""
     tree = native_copy.copy_sources(tmp_path_factory.mktemp("emulated") / "tree")
     dispatch = tree / "csrc" / "cpu" / "dispatch.cpp"
-    found = r"bool has_(avx512\w*)\(\) \{.*?\n?\}\n"
+    found = r"bool has_(avx512\w*|amx)\(\) \{.*?\n?\}\n"
     text, changed = re.subn(found, r"bool has_\1() { return has_avx2(); }\n", dispatch.read_text(), flags=re.DOTALL)
     assert changed == len(EMULATED)
     dispatch.write_text(text)
@@ -46,13 +47,11 @@ def in_tree(tree: Path, *command: str, **variables: str) -> subprocess.Completed
 
 
 def test_the_tests_of_the_kernels(emulated: Path) -> None:
-    """Those of this folder with the emulated library in place: on both sets, or on the one with bf16."""
+    """Those of this folder with the emulated library in place: on every set, or on the one with tiles."""
     # No question of speed: an emulation is not quick, and which set is the quicker one was not measured.
     chosen = "not portable and not costs_less and not planner_takes_it"
     tests = ("tests/test_native.py", "tests/test_cpu_backward.py")
-    done = in_tree(
-        emulated, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", chosen, *tests, ATTN_CPU_ISA="avx512bf16"
-    )
+    done = in_tree(emulated, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", chosen, *tests, ATTN_CPU_ISA="amx")
     assert done.returncode == 0, done.stdout[-6000:]
     for isa in EMULATED:
         assert re.search(rf"::test_random_cases_\w+\[\d-{isa}\] PASSED", done.stdout), isa
@@ -62,7 +61,7 @@ SITUATIONS = """
 from attn import native
 from attn.testing import assert_case, matrix
 import torch
-for isa in ("avx512bf16", "avx512"):
+for isa in ("amx", "avx512bf16", "avx512"):
     with native.use_isa(isa):
         for name in matrix.SITUATIONS:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -83,16 +82,17 @@ from attn import native
 from attn.backends import load
 from attn.spec import Operands
 found = []
-for isa in ("avx512bf16", "avx512"):
+for isa in ("amx", "avx512bf16", "avx512"):
     for dtype in (torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         x = Operands(*torch.randn(3, 1, 2, 70, 32).to(dtype))
         with native.use_isa(isa):
             found.append(load("cpu").forward(x)[0])
-print(torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))
+bf16, f16 = found[::2], found[1::2]
+print(*(torch.equal(bf16[i], bf16[2]) for i in (0, 1)), *(torch.equal(f16[i], f16[2]) for i in (0, 1)))
 """
 
 
-def test_bf16_takes_the_dot_and_nothing_else_does(emulated: Path) -> None:
+def test_bf16_takes_the_products_of_pairs_and_nothing_else_does(emulated: Path) -> None:
     """Probabilities rounded to bf16 show in the bits."""
-    assert in_tree(emulated, "-c", DIFFERENT).stdout.split() == ["False", "True"]
+    assert in_tree(emulated, "-c", DIFFERENT).stdout.split() == ["False", "False", "True", "True"]

@@ -1,6 +1,6 @@
 """The C++ kernels as a backend: every feature on CPU tensors, on the instruction set that the CPU has.
 
-ATTN_CPU_ISA (avx512bf16, avx512, avx2, neon, portable) forces one; the same bits come out whatever the number of
+ATTN_CPU_ISA (amx, avx512bf16, avx512, avx2, neon, portable) forces one; the same bits come out whatever the number of
 threads. Values that point somewhere (lengths, cu_seqlens, page tables) are checked where they are read, so that a call
 that torch.compile made, which nobody else checked, is refused too and reads nothing outside its tensors.
 """
@@ -17,6 +17,7 @@ from attn.spec import AttentionSpec, DecodeOperands, Operands
 SLOWER = frozenset(
     {
         *((isa, torch.float64, "inference") for isa in native.SETS),  # one plain float64 kernel serves them all
+        ("avx512", torch.bfloat16, "inference"),
         ("portable", torch.float32, "inference"),
         ("portable", torch.float32, "training"),
         ("portable", torch.bfloat16, "inference"),
@@ -24,8 +25,8 @@ SLOWER = frozenset(
     }
 )
 """(instruction set, dtype, kind of call) in which `sdpa` was measured to be faster, by the geometric mean over lengths:
-there the planner leaves calls that `sdpa` serves to it. On avx2 every other kind was faster here; the sets that have
-not run on hardware are taken to be like avx2."""
+there the planner leaves calls that `sdpa` serves to it. On avx2, avx512 and amx every other kind was faster here, on
+avx512bf16 on the CPUs that take it by themselves; neon, which has not run on hardware, is taken to be like avx2."""
 
 
 class CpuBackend(Backend):

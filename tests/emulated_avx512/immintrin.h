@@ -1,5 +1,6 @@
-// Stands in for <immintrin.h> in a build that runs the AVX-512 kernels on a CPU of AVX2: SIMDe's functions
-// under the names of the intrinsics, and the few that SIMDe 0.7.4 lacks. For tests; found first through -I.
+// Stands in for <immintrin.h> in a build that runs the AVX-512 and AMX kernels on a CPU of AVX2: SIMDe's
+// functions under the names of the intrinsics, and the few that SIMDe 0.7.4 lacks. For tests; found first
+// through -I.
 #pragma once
 #include_next <immintrin.h>
 // The order matters: SIMDe takes what is included above for the intrinsics that the CPU has.
@@ -87,6 +88,59 @@ inline simde__m512bh cvtne2ps_pbh(simde__m512 a, simde__m512 b) {
   return r;
 }
 
+// The tiles of a thread. Without a configuration there are none.
+struct Tiles {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config;
+  alignas(64) uint32_t cell[8][16][16];
+
+  void configure(const void* from) {
+    memcpy(&config, from, sizeof config);
+    memset(cell, 0, sizeof cell);
+  }
+  int rows(int tile) const {
+    if (config.palette != 1) __builtin_trap();
+    return config.rows[tile];
+  }
+};
+inline thread_local Tiles tiles{};
+
+inline void tile_release() { tiles.config.palette = 0; }
+inline void tile_zero(int to) {
+  tiles.rows(to);
+  memset(tiles.cell[to], 0, sizeof tiles.cell[to]);
+}
+inline void tile_load(int to, const void* base, int64_t stride) {
+  tile_zero(to);
+  for (int r = 0; r < tiles.rows(to); ++r)
+    memcpy(tiles.cell[to][r], static_cast<const char*>(base) + r * stride, tiles.config.bytes[to]);
+}
+inline void tile_store(int from, void* base, int64_t stride) {
+  for (int r = 0; r < tiles.rows(from); ++r)
+    memcpy(static_cast<char*>(base) + r * stride, tiles.cell[from][r], tiles.config.bytes[from]);
+}
+// As the instruction: numbers below the normal ones are 0.
+inline float normal(uint32_t bits) {
+  if (!(bits & 0x7f800000)) bits &= 0x80000000;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline void tile_product(int to, int a, int b) {
+  for (int r = 0; r < tiles.rows(to); ++r)
+    for (int k = 0; k < tiles.rows(b); ++k)
+      for (int c = 0; c < tiles.config.bytes[to] / 4; ++c) {
+        const uint32_t x = tiles.cell[a][r][k], y = tiles.cell[b][k][c];
+        float sum = normal(tiles.cell[to][r][c]);
+        sum += normal(x << 16) * normal(y << 16);
+        sum += normal(x & 0xffff0000) * normal(y & 0xffff0000);
+        memcpy(&tiles.cell[to][r][c], &sum, sizeof sum);
+      }
+}
+
 }  // namespace emulated
 
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
@@ -98,3 +152,13 @@ inline simde__m512bh cvtne2ps_pbh(simde__m512 a, simde__m512 b) {
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle_f32x4<(which)>(a, b)
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(from) emulated::tiles.configure(from)
+#define _tile_release emulated::tile_release
+#define _tile_zero emulated::tile_zero
+#define _tile_loadd emulated::tile_load
+#define _tile_stored emulated::tile_store
+#define _tile_dpbf16ps emulated::tile_product
