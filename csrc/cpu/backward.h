@@ -154,7 +154,7 @@ struct BackwardPass {
     const Sequence s(p, i / f.chunks / p.Hkv);
     const int64_t size = s.keys * (f.wide_k + f.wide_v);
     auto w = carve<BackwardSpace<T>>(&p, &f.b, f.tiles, s.keys, f.chunks > 1 ? 0 : size);
-    const Tiles tiles;
+    take_tiles();
     w.tile.forget_keys();
     const Sums to = f.chunks > 1 ? f.partial(s, key_head, chunk) : f.sums_at(w.sums, s.keys);
     zero_row(size, to.dk);
@@ -176,6 +176,7 @@ struct BackwardPass {
       f.queries(t, begin, most(begin, end), to);
     }
     if (f.chunks == 1) f.write_keys(s, key_head, 0, f.key_rows(s), to);
+    return_tiles();
   }
   static int64_t tile_cost(const Mask& mask, int64_t q0, int64_t rows) {
     const Range r = mask.keys(q0, rows);

@@ -161,7 +161,7 @@ struct Forward {
     const int64_t heads = f.heads(), last = least((i + 1) * f.together, query_tiles(f.p) * heads);
     ForwardSpace w =
         carve<ForwardSpace>(&f.p, f.together, f.weights != nullptr, f.weights && f.weights->average);
-    const Tiles tiles;
+    take_tiles();
     int64_t n = 0;
     for (int64_t at = i * f.together; at < last; ++at) {
       const QueryTile t(f.p, at, heads);
@@ -177,6 +177,7 @@ struct Forward {
       f.all_of(Sequence(f.p, t.sequence), t.head, n, w);
       n = 0;
     }
+    return_tiles();
   }
 
   // Heads that are told apart by units.

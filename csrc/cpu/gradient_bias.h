@@ -85,7 +85,7 @@ struct BiasGradient {
     const Part keys(i, f.p.S, f.step, d.col == 0), rows(i, f.p.L, kQueries, d.row == 0);
     const Part heads(i, f.p.Hq, 1, d.head == 0), batch(i, f.p.B, 1, d.batch == 0);
     BiasSpace<T> w = carve<BiasSpace<T>>(&f.p, &f.b);
-    const Tiles tiles;
+    take_tiles();
     zero_row(kGradientKeys * kQueries, w.sums);
     for (int64_t n = batch.begin; n < batch.end; ++n) {
       const Sequence s(f.p, n);
@@ -98,6 +98,7 @@ struct BiasGradient {
       to += batch.begin * d.batch + heads.begin * d.head + rows.begin * d.row + keys.begin * d.col;
       write_transposed(w.sums, 1, high, wide, to, d.row);
     });
+    return_tiles();
   }
 
   void add_head(const Sequence& s, int64_t head, const Part& rows, const Part& keys, BiasSpace<T>& w) const {

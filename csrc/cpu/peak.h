@@ -10,13 +10,14 @@ namespace {
 // operations they are.
 double multiply_adds(int64_t rounds) {
 #ifdef ATTN_TILES
-  const Tiles tiles;  // all of them 0
+  take_tiles();  // all of them 0
   for (int64_t r = 0; r < rounds; ++r) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  return_tiles();
   return 2.0 * 4 * 16 * kDepth * kWidth * kPerCell * static_cast<double>(rounds);
 #else
   constexpr int kChains = 12;

@@ -95,10 +95,9 @@ ATTN_INLINE void multiply_block(int64_t rows, int64_t vectors, int64_t depth, co
   Blocks<side>::by_rows[rows - 1][vectors - 1](depth, a, as, b, bs, c, cs, init, factor);
 }
 
-// What a unit of work holds while it makes products.
-struct Tiles {
-  ATTN_INLINE Tiles() {}
-};
+// A unit of work begins and ends with these.
+ATTN_INLINE void take_tiles() {}
+ATTN_INLINE void return_tiles() {}
 
 }  // namespace
 }  // namespace attn::cpu::ATTN_ISA

@@ -31,13 +31,9 @@ struct TileConfigs {
 };
 constexpr TileConfigs kTileConfigs;
 
-// The tiles belong to this while it lives, on this thread. Others use them too: they are given back.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kTileConfigs.of_rows[kRows]); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+// Between these the tiles of this thread are ours. Others use them too.
+ATTN_INLINE void take_tiles() { _tile_loadconfig(&kTileConfigs.of_rows[kRows]); }
+ATTN_INLINE void return_tiles() { _tile_release(); }
 
 // gcc does not know that tiles are loaded from memory.
 ATTN_INLINE void settle_memory() {

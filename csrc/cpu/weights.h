@@ -179,7 +179,7 @@ struct FromResiduals {
     const QueryTile t(p, i / key_tiles, f.weights.average ? 1 : p.Hq);
     const Sequence s(p, t.sequence);
     ResidualSpace w = carve<ResidualSpace>(&p);
-    const Tiles tiles;
+    take_tiles();
     const int64_t nk = least<int64_t>(kMaxKeys, p.S - k0), live = clamp(s.queries - t.q0, 0, t.rows);
     memset(w.mean, 0, static_cast<size_t>(nk * kQueries) * sizeof(Real));
     const int64_t last = f.weights.average ? p.Hq : t.head + 1;
@@ -188,6 +188,7 @@ struct FromResiduals {
     T* to = static_cast<T*>(f.weights.data) + (row * p.L + t.q0) * p.S + k0;
     write_transposed(w.mean, f.weights.average ? 1 / static_cast<Real>(p.Hq) : 1, live, nk, to, p.S);
     for (int64_t r = live; r < t.rows; ++r) zero_row(nk, to + r * p.S);
+    return_tiles();
   }
 };
 
