@@ -22,17 +22,19 @@ namespace {
 
 constexpr uint64_t kBlockBits =
     kCols * kWidth == 64 ? ~uint64_t{0} : (uint64_t{1} << (kCols * kWidth % 64)) - 1;
+constexpr uint64_t kVectorBits = (uint64_t{1} << kWidth) - 1;
 
 // The products of a tile: s[key][query] = k[key] . packed[query], times `factor` where cells are pairs.
-// Blocks in which no pair is visible are left as they are (`seen` null: all are visible). Meanwhile nk rows
-// `ahead` and nq rows `beside` are fetched.
+// Of a block, the vectors before the first in which a pair is visible are left as they are (`seen` null: all
+// are visible). Meanwhile nk rows `ahead` are fetched, with the rows of k a block early, and nq rows
+// `beside`.
 ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, int64_t nq, int64_t nk,
                                 const uint64_t* seen, Real factor, Real* s, const Ahead& ahead = Ahead(),
                                 const Ahead& beside = Ahead()) {
   const Ahead keys(k.data, k.stride, cells(width));
   for (int64_t r = 0; r < nk; r += kRows) {
     const int64_t rows = least<int64_t>(kRows, nk - r);
-    keys.fetch(r + kRows, least<int64_t>(r + 2 * kRows, nk));
+    if (ahead.data) keys.fetch(r + kRows, least<int64_t>(r + 2 * kRows, nk));
     ahead.fetch(r, r + rows);
     beside.fetch(r * nq / nk, (r + rows) * nq / nk);
     uint64_t some = ~uint64_t{0};
@@ -42,9 +44,11 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, in
     }
     for (int64_t c = 0; c < nq; c += kCols * kWidth) {
       if (!(some >> c & kBlockBits)) continue;
-      const int64_t vectors = least<int64_t>(kCols, (nq - c + kWidth - 1) / kWidth);
-      multiply_block<kAlongRows>(rows, vectors, depth_of(width), k.data + r * k.stride, k.stride, packed + c,
-                                 kQueries, s + r * kQueries + c, kQueries, true, factor);
+      int64_t from = c;
+      while (!(some >> from & kVectorBits)) from += kWidth;
+      const int64_t vectors = least<int64_t>(kCols - (from - c) / kWidth, (nq - from + kWidth - 1) / kWidth);
+      multiply_block<kAlongRows>(rows, vectors, depth_of(width), k.data + r * k.stride, k.stride, packed + from,
+                                 kQueries, s + r * kQueries + from, kQueries, true, factor);
     }
   }
 }
