@@ -12,8 +12,8 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-constexpr int64_t kForwardTiles = 4;           // of a unit, at most
-constexpr int64_t kForwardBytes = 144 * 1024;  // of their queries and sums: they stay in the second cache
+constexpr int64_t kForwardTiles = 8;           // of a unit, at most
+constexpr int64_t kForwardBytes = 288 * 1024;  // of their queries and sums: they stay in the second cache
 constexpr int64_t kUnitsPerThread = 8;         // enough for threads to end together
 
 // One tile of queries of a unit.
@@ -53,7 +53,7 @@ struct ForwardSpace {
 
 // Tiles per unit. No bit depends on it.
 ATTN_INLINE int64_t forward_together(const Problem& p, const Weights* weights) {
-  if (weights || p.keep.data) return 1;  // the rows of several tiles of a mask meet in few sets of a cache
+  if (weights) return 1;
   const int64_t each = (cells(p.D) + p.Dv) * kQueries * static_cast<int64_t>(sizeof(Real)) +
                        static_cast<int64_t>(sizeof(Rows64));
   const int64_t units = kUnitsPerThread * thread_count();
@@ -82,6 +82,9 @@ struct Forward {
     }
     w.weights.tiles = 0;
     const int64_t step = mask.tile_keys();
+    // The first keys come from far. Further on a CPU foresees them by itself, and what is fetched by hand
+    // would only stand in its way.
+    const int64_t unforeseen = all.begin / step * step + 2 * step;
     for (int64_t k0 = all.begin / step * step; k0 < all.end; k0 += step) {
       const int64_t count = least(step, all.end - k0);
       Operand left{}, right{};  // of these keys, made by the first tile that needs them
@@ -96,7 +99,9 @@ struct Forward {
         if (!left.data) left = left_operand(k + k0 * p.k.row, p.k.row, count, p.D, w.k);
         Real* scores = weights ? w.s + k0 * kQueries : w.s;
         const Real factor = score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
-                                       right.data ? Ahead() : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
+                                       right.data || k0 >= unforeseen
+                                           ? Ahead()
+                                           : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
         // What nobody else wants need not be written as numbers.
         const bool as_cells = !kOneForm && !weights && !dropout.on;
         soften(t, nk, seen, factor, scores, as_cells ? w.p : nullptr);
