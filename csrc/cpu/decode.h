@@ -12,7 +12,8 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024, kSpan = 256;  // keys per unit, and per pass over its rows
-constexpr int64_t kLookahead = 12;             // rows fetched ahead: the prefetcher stops at each page
+// Rows are fetched this many bytes ahead, of at most so many rows: the prefetcher stops at each page.
+constexpr int64_t kAheadBytes = 6 * 1024, kLookahead = 24;
 
 // What a chunk leaves per row: the sum of exp(s - m) v, then m and l.
 struct Partials {
@@ -52,9 +53,15 @@ ATTN_INLINE Vec sums(Vec (&x)[kWidth]) {
   return x[0];
 }
 
-// s[r][j] = q[r] . k[j] for R rows. `fetch`: fetches the rows kLookahead further on.
+// Rows of `width` numbers that lie in kAheadBytes.
+template <class T>
+ATTN_INLINE int64_t rows_ahead(int64_t width) {
+  return clamp(kAheadBytes / (width * static_cast<int64_t>(sizeof(T))), 1, kLookahead);
+}
+
+// s[r][j] = q[r] . k[j] for R rows. Meanwhile the rows `ahead` further on are fetched, where it is not 0.
 template <int R, class T>
-ATTN_INLINE void dot_rows(bool fetch, const Real* q, int64_t q_stride, const void* const* k, int64_t nk,
+ATTN_INLINE void dot_rows(int64_t ahead, const Real* q, int64_t q_stride, const void* const* k, int64_t nk,
                           int64_t D, Real* s) {
   const int64_t whole = D / kWidth * kWidth;
   for (int64_t j0 = 0; j0 < nk; j0 += kWidth) {
@@ -67,7 +74,7 @@ ATTN_INLINE void dot_rows(bool fetch, const Real* q, int64_t q_stride, const voi
         continue;
       }
       const T* key = static_cast<const T*>(k[j0 + j]);
-      if (fetch) Ahead(static_cast<const T*>(k[j0 + j + kLookahead]), 0, D).fetch(0, 1);
+      if (ahead) Ahead(static_cast<const T*>(k[j0 + j + ahead]), 0, D).fetch_far();
       Vec a[R], b[R];
       ATTN_UNROLL
       for (int r = 0; r < R; ++r) a[r] = b[r] = zero();
@@ -188,6 +195,7 @@ struct DecodeUnit {
       for (int64_t x = 0; x < d.D; x += kWidth)
         store(w.q + r * q_stride + x, mul(load_some(q + x, d.D - x), scale));
     }
+    const int64_t ahead_k = rows_ahead<T>(d.D), ahead_v = rows_ahead<T>(d.Dv);
     for (int64_t first = begin; first < end; first += kSpan) {
       const int64_t nk = least(kSpan, end - first);
       for (int64_t j = 0; j < nk + kLookahead; ++j) {
@@ -197,17 +205,22 @@ struct DecodeUnit {
       }
       int64_t r = 0;
       for (; r + 3 < rows; r += 4)
-        dot_rows<4, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+        dot_rows<4, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
       for (; r + 1 < rows; r += 2)
-        dot_rows<2, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      if (r < rows) dot_rows<1, T>(r == 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+        dot_rows<2, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
+      if (r < rows)
+        dot_rows<1, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
       for (r = 0; r < rows; ++r)
         soften(b, kv_head * group + r / d.L, r % d.L, first, nk, w.s + r * kSpan, out + r * stride);
       int64_t j = 0;
       for (; j + 3 < nk; j += 4) {
         for (int64_t i = 0; i < 4; ++i)
-          Ahead(static_cast<const T*>(w.v[j + i + kLookahead]), 0, d.Dv).fetch(0, 1);
-        for (r = 0; r + 1 < rows; r += 2)
+          Ahead(static_cast<const T*>(w.v[j + i + ahead_v]), 0, d.Dv).fetch_far();
+        r = 0;
+        if constexpr (kRows * kCols > 16)  // with fewer registers they would be spilled
+          for (; r + 3 < rows; r += 4)
+            add_values<4, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
+        for (; r + 1 < rows; r += 2)
           add_values<2, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
         if (r < rows) add_values<1, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
       }

@@ -18,20 +18,26 @@
 #define ATTN_UNROLL
 #if defined(_M_ARM64)
 #define ATTN_PREFETCH(address) __prefetch(address)
+#define ATTN_PREFETCH_FAR(address) __prefetch(address)
 #else
 #define ATTN_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#define ATTN_PREFETCH_FAR(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #endif
 #elif defined(__clang__)
 #define ATTN_INLINE inline __attribute__((always_inline))
 #define ATTN_NOINLINE __attribute__((noinline))
 #define ATTN_UNROLL _Pragma("unroll")
 #define ATTN_PREFETCH(address) __builtin_prefetch(address)
+#define ATTN_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
 #else
 #define ATTN_INLINE inline __attribute__((always_inline))
 #define ATTN_NOINLINE __attribute__((noinline))
 #define ATTN_UNROLL _Pragma("GCC unroll 32")
 #define ATTN_PREFETCH(address) __builtin_prefetch(address)
+#define ATTN_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
 #endif
+
+// ATTN_PREFETCH: into the first cache. ATTN_PREFETCH_FAR: into the second, where more can be under way.
 
 namespace attn::cpu {
 
