@@ -13,7 +13,7 @@ namespace attn::cpu::ATTN_ISA {
 namespace {
 
 constexpr int64_t kForwardTiles = 8;           // of a unit, at most
-constexpr int64_t kForwardBytes = 288 * 1024;  // of their queries and sums: they stay in the second cache
+constexpr int64_t kForwardBytes = 544 * 1024;  // of their queries and sums: they stay in the second cache
 constexpr int64_t kUnitsPerThread = 8;         // enough for threads to end together
 
 // One tile of queries of a unit.
