@@ -62,6 +62,30 @@ def test_tiles_of_queries_that_go_over_the_keys_together(isa: str) -> None:
 
 
 @loaded
+@pytest.mark.parametrize("isa", native.usable())
+def test_tiles_of_queries_that_go_over_a_dense_mask_together(isa: str) -> None:
+    """Some see nothing of a tile of keys, some all of it, some a part; the last row sees nothing at all."""
+    torch.manual_seed(79)
+    q, k, v = (torch.randn(1, 4, 600, 16) for _ in range(3))
+    visible = torch.rand(600, 600) > 0.5
+    visible[64:200, 128:256] = False
+    visible[300:520, 64:400] = True
+    visible[-1] = False
+    before, results = torch.get_num_threads(), []
+    try:
+        with native.use_isa(isa):
+            for threads in (1, 9):  # five tiles together, and each by itself
+                torch.set_num_threads(threads)
+                results.append(attn.attention(q, k, v, mask=attn.masks.dense(visible), backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(*results)
+    scores = (q.double() @ k.double().mT * 16**-0.5).masked_fill(~visible, float("-inf"))
+    expected = scores.softmax(-1).nan_to_num() @ v.double()
+    torch.testing.assert_close(results[0].double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@loaded
 def test_portable_runs_everywhere() -> None:
     assert "portable" in native.usable()
 
