@@ -98,10 +98,9 @@ struct Forward {
         if (t.first) read_queries(s, head, t);
         if (!left.data) left = left_operand(k + k0 * p.k.row, p.k.row, count, p.D, w.k);
         Real* scores = weights ? w.s + k0 * kQueries : w.s;
-        const Real factor = score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
-                                       right.data || k0 >= unforeseen
-                                           ? Ahead()
-                                           : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
+        const Real factor =
+            score_tile(extras, left, p.D, t.packed, t.q0, nq, k0, nk, seen, scores, nullptr,
+                       right.data || k0 >= unforeseen ? Ahead() : Ahead(v + k0 * p.v.row, p.v.row, p.Dv));
         // What nobody else wants need not be written as numbers.
         const bool as_cells = !kOneForm && !weights && !dropout.on;
         soften(t, nk, seen, factor, scores, as_cells ? w.p : nullptr);

@@ -47,8 +47,8 @@ ATTN_INLINE void score_products(Operand k, int64_t width, const Cell* packed, in
       int64_t from = c;
       while (!(some >> from & kVectorBits)) from += kWidth;
       const int64_t vectors = least<int64_t>(kCols - (from - c) / kWidth, (nq - from + kWidth - 1) / kWidth);
-      multiply_block<kAlongRows>(rows, vectors, depth_of(width), k.data + r * k.stride, k.stride, packed + from,
-                                 kQueries, s + r * kQueries + from, kQueries, true, factor);
+      multiply_block<kAlongRows>(rows, vectors, depth_of(width), k.data + r * k.stride, k.stride,
+                                 packed + from, kQueries, s + r * kQueries + from, kQueries, true, factor);
     }
   }
 }
