@@ -56,7 +56,7 @@ ATTN_INLINE Vec sums(Vec (&x)[kWidth]) {
 // Rows of `width` numbers that lie in kAheadBytes.
 template <class T>
 ATTN_INLINE int64_t rows_ahead(int64_t width) {
-  return clamp(kAheadBytes / (width * static_cast<int64_t>(sizeof(T))), 1, kLookahead);
+  return clamp(kAheadBytes / static_cast<int64_t>(sizeof(T)) / most<int64_t>(1, width), 1, kLookahead);
 }
 
 // s[r][j] = q[r] . k[j] for R rows. Meanwhile the rows `ahead` further on are fetched, where it is not 0.
