@@ -83,8 +83,8 @@ struct Forward {
     w.weights.tiles = 0;
     const int64_t step = mask.tile_keys();
     // The first keys come from far. Further on a CPU foresees them by itself, and what is fetched by hand
-    // would only stand in its way.
-    const int64_t unforeseen = all.begin / step * step + 2 * step;
+    // would only stand in its way; but where weights take the second cache, all keys come from far.
+    const int64_t unforeseen = weights ? all.end : all.begin / step * step + 2 * step;
     for (int64_t k0 = all.begin / step * step; k0 < all.end; k0 += step) {
       const int64_t count = least(step, all.end - k0);
       Operand left{}, right{};  // of these keys, made by the first tile that needs them
