@@ -14,8 +14,8 @@ from torch import Tensor
 import attn
 from attn import native, planner
 from attn.backends import load
-from attn.spec import AttentionSpec, DecodeOperands, Operands
 from attn.operands import checked
+from attn.spec import AttentionSpec, DecodeOperands, Operands
 from attn.testing import assert_case, assert_forward, cases, oracle, run_case
 
 EXPECTED = [name for name in os.environ.get("ATTN_EXPECT", "").split(",") if name]
