@@ -39,14 +39,12 @@ def edit(file: str, old: str, new: str, after: str = "") -> Edit:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those that match. Or one of csrc/cuda."""
+    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those that match."""
 
     file: str
     chosen: str = ""
 
     def text(self) -> str:
-        if (build.CSRC / "cuda" / self.file).is_file():
-            return f'#include "../{self.file}"\n'
         whole = (build.CSRC / "cuda" / "inst" / self.file).read_text()
         return re.sub(r"^template [^;]*;", lambda m: m[0] if re.search(self.chosen, m[0]) else "", whole, flags=re.M)
 

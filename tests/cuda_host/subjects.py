@@ -36,7 +36,6 @@ BACKWARD_HEAVY = Unit("backward_bf16_heavy.cu", "<bf16, 32,")
 BACKWARD_WIDE = Unit("backward_bf16_heavy.cu", "<bf16, 256,")  # shared memory for one stage
 BACKWARD_FLOAT = Unit("backward_fp32_heavy.cu", "<float, 32,")
 BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
-BACKWARD_PASSES = Unit("backward.cu")  # with the sums of a bias gradient over batch and heads
 
 PLAIN_CASES = (
     "full bf16 head_dim=64 value_dim=64 L=129 S=64 kind=large" + ONE,
@@ -74,7 +73,7 @@ BAND_CASES = (
     "varlen bf16 B=1 L=70 S=130 head_dim=64 value_dim=64 Hq=1 Hkv=1 grouped=False grad=False seed=5",
     "causal bf16 head_dim=16 value_dim=16 L=200 S=65 B=2 Hq=6 Hkv=2 grad=False",
     # More heads than stay in the cache together.
-    "left_window_end bf16 head_dim=64 value_dim=64 L=2 S=30000 B=1 Hq=3 Hkv=3 grouped=False left=9 grad=False"
+    "left_window_end bf16 head_dim=64 value_dim=64 L=130 S=30000 B=1 Hq=3 Hkv=3 grouped=False left=9 grad=False"
     " layout=broadcast",
 )
 EXTRA_CASES = (
@@ -186,6 +185,6 @@ SUBJECTS = {
     "decode.cuh": Subject((DECODE,), DECODE_CASES),
     "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_WIDE), _GRADIENTS),
     "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), _GRADIENTS),
-    "backward_chunks.cuh": Subject((BACKWARD_OTHERS, BACKWARD_PASSES), GRADIENT_CASES),
+    "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
     "gradient.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_FLOAT, BACKWARD_OTHERS), _GRADIENTS),
 }
