@@ -35,6 +35,11 @@ SETS = {  # instruction set -> machine, flags of gcc and clang, flags of MSVC
 machine: which set runs is decided when the library is loaded."""
 LINUX_ONLY = frozenset({"amx"})
 """Sets whose registers are asked for in the way of Linux."""
+_SAMPLES = {
+    "avx512bf16": "__m512bh sample(__m512 x) { return _mm512_cvtne2ps_pbh(x, x); }\n",
+    "amx": "void sample() { _tile_release(); }\n",
+}
+"""Instructions that the assembler beside a compiler may not know, where the compiler does."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,15 @@ def check() -> list[Row]:
 
 
 def available_sets(compiler: Compiler) -> list[str]:
-    """The instruction sets that the compiler has flags and intrinsics for."""
+    """The instruction sets that the compiler has flags and intrinsics for, and its assembler instructions."""
     found = []
     for name, (machine, *flags) in SETS.items():
         own = flags[1] if compiler.kind == "msvc" else flags[0]
         header = "arm_neon.h" if machine == "aarch64" else "immintrin.h"
         if name in LINUX_ONLY and not sys.platform.startswith("linux"):
             continue
-        if machine == compiler.machine and not _failure(compiler, own, f"#include <{header}>\n"):
+        program = f"#include <{header}>\n{_SAMPLES.get(name, '')}"
+        if machine == compiler.machine and not _failure(compiler, own, program):
             found.append(name)
     return found
 

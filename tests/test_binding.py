@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -133,3 +135,20 @@ def test_sources_of_a_set_get_its_flags_and_no_others() -> None:
     assert vectors is not None
     assert {"-mavx2", "-mfma"} <= set(vectors)
     assert toolchain.flags_of(Path("csrc/cpu/isa_avx512.cpp"), gcc, ["avx2"]) is None
+
+
+def test_an_assembler_without_tiles_costs_that_set_alone(tmp_path: Path) -> None:
+    """A compiler that has its intrinsics may stand beside an older assembler."""
+    compiler = toolchain.find_compiler()
+    if compiler is None or compiler.kind != "gcc" or "amx" not in toolchain.available_sets(compiler):
+        pytest.skip("needs gcc and an assembler with AMX")
+    assembler = tmp_path / "as"
+    real = shlex.quote(str(shutil.which("as")))
+    assembler.write_text(
+        f'#!/bin/sh\nfor file; do :; done\nif grep -q tilerelease "$file"; then\n'
+        f"  echo 'Error: no such instruction: tilerelease' >&2\n  exit 1\nfi\nexec {real} \"$@\"\n"
+    )
+    assembler.chmod(0o755)
+    older = dataclasses.replace(compiler, command=(*compiler.command, f"-B{tmp_path}/"))
+    expected = [name for name in toolchain.available_sets(compiler) if name != "amx"]
+    assert toolchain.available_sets(older) == expected

@@ -284,6 +284,26 @@ def test_the_instruction_set_is_forced_by_the_environment() -> None:
 
 
 @loaded
+@pytest.mark.skipif("amx" not in native.usable(), reason="Linux grants no tiles here, or there are none")
+@pytest.mark.parametrize(("isa", "asks"), [("amx", True), ("avx512", False), ("portable", False)])
+def test_tiles_are_asked_for_by_those_who_want_them(isa: str, asks: bool) -> None:
+    """For good: from then on the whole process needs larger stacks for signals."""
+    code = (
+        "import ctypes, torch\n"
+        "def granted():\n"
+        "    found = ctypes.c_uint64()\n"
+        "    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found)) == 0  # ARCH_GET_XCOMP_PERM\n"
+        "    return found.value >> 18 & 1\n"
+        "from attn import native\n"
+        "before = granted()\n"
+        "print(native.load(), before, granted())\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(attn.__file__).parent.parent), "ATTN_CPU_ISA": isa}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["None", "0", str(int(asks))]
+
+
+@loaded
 def test_outputs_start_poisoned_where_asked(operands: Operands) -> None:
     native.poison(True)
     try:

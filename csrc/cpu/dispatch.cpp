@@ -140,8 +140,10 @@ const Set kSets[] = {
 }  // namespace
 
 const Kernels* kernels(const char* isa) {
-  for (const Set& set : kSets)
-    if (set.runs() && (isa ? std::strcmp(isa, set.table->isa) == 0 : set.preferred())) return set.table;
+  for (const Set& set : kSets) {
+    const bool wanted = isa ? std::strcmp(isa, set.table->isa) == 0 : set.preferred();
+    if (wanted && set.runs()) return set.table;  // asked last: what a process asked Linux for stays
+  }
   return nullptr;
 }
 
