@@ -85,6 +85,27 @@ def test_tiles_of_queries_that_go_over_a_dense_mask_together(isa: str) -> None:
 
 
 @loaded
+@pytest.mark.parametrize("isa", native.usable())
+def test_infinite_values_that_some_tiles_see(isa: str) -> None:
+    """The same bits for tiles together and each by itself: a value past the keys of a tile of queries takes no part."""
+    torch.manual_seed(80)
+    q, k, v = (torch.randn(1, 8, n, 64).bfloat16() for n in (128, 133, 133))
+    v[:, :, 80] = torch.inf
+    x = Operands(q, k, v, right=0, end=True, scale=0.125)
+    before, results = torch.get_num_threads(), []
+    try:
+        with native.use_isa(isa):
+            for threads in (1, 9):
+                torch.set_num_threads(threads)
+                results.append(load("cpu").forward(x)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
+    assert results[0][:, :, :64].isfinite().all()
+    assert not results[0][:, :, 75:].isfinite().any()
+
+
+@loaded
 def test_portable_runs_everywhere() -> None:
     assert "portable" in native.usable()
 

@@ -88,6 +88,7 @@ struct Forward {
     for (int64_t k0 = all.begin / step * step; k0 < all.end; k0 += step) {
       const int64_t count = least(step, all.end - k0);
       Operand left{}, right{};  // of these keys, made by the first tile that needs them
+      int64_t made = 0;         // keys of `right`
       for (int64_t i = 0; i < n; ++i) {
         ForwardTile& t = w.tiles[i];
         const int64_t nk = least(step, t.keys.end - k0), nq = t.live;
@@ -110,7 +111,10 @@ struct Forward {
           drop(seen, dropout.inverse, nq, nk, scores);
         }
         if (weights) w.weights.remember(k0, nk, seen, t.rows->m);
-        if (!right.data) right = key_operand(v + k0 * p.v.row, p.v.row, count, p.Dv, w.v);
+        // To the end of a depth values are multiplied by 0: none that this tile does not see may be there.
+        const int64_t values = depth_of(nk) * kPerCell == nk ? count : nk;
+        if (values != made) right = key_operand(v + k0 * p.v.row, p.v.row, values, p.Dv, w.v);
+        made = values;
         add_to_queries(mask, t.q0, nq, k0, nk, as_cells ? w.p : columns_of(scores, nq, nk, w.p), right, p.Dv,
                        t.out, t.first);
         t.first = false;
