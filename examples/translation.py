@@ -145,7 +145,7 @@ def main() -> None:
         return loss_on(by_length[start : start + BATCH])
 
     random.seed(given.seed)
-    steps = 10 if given.quick else 2400
+    steps = 10 if given.quick else 3600
     train(model, loss, steps, given.seconds, rate=3e-3, every=steps // 5, check=lambda: float(loss_on(held)))
     model.eval()
 
