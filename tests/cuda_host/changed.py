@@ -39,12 +39,14 @@ def edit(file: str, old: str, new: str, after: str = "") -> Edit:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those that match."""
+    """A file of csrc/cuda/inst, and which of its instantiations are compiled: those that match. Or one of csrc/cuda."""
 
     file: str
     chosen: str = ""
 
     def text(self) -> str:
+        if (build.CSRC / "cuda" / self.file).is_file():
+            return f'#include "../{self.file}"\n'
         whole = (build.CSRC / "cuda" / "inst" / self.file).read_text()
         return re.sub(r"^template [^;]*;", lambda m: m[0] if re.search(self.chosen, m[0]) else "", whole, flags=re.M)
 
@@ -69,7 +71,9 @@ def library(folder: Path, edits: Sequence[Edit], units: Sequence[Unit], flavour:
     source = inst / "units.cu"  # one file: what they include costs more than they do
     source.write_text("".join(unit.text() for unit in units))
     first = build.objects([source], folder / flavour, flavour)
-    rest = build.emulator_objects(flavour) + build.kernel_objects("plain")
+    replaced = {f"cuda_{unit.file}.o" for unit in units}  # functions that are no templates can stand there once
+    kernels = [path for path in build.kernel_objects("plain") if path.name not in replaced]
+    rest = build.emulator_objects(flavour) + kernels
     return build.link_library([*first, *rest], folder / flavour / build.LIBRARY, flavour)
 
 

@@ -36,6 +36,7 @@ BACKWARD_HEAVY = Unit("backward_bf16_heavy.cu", "<bf16, 32,")
 BACKWARD_WIDE = Unit("backward_bf16_heavy.cu", "<bf16, 256,")  # shared memory for one stage
 BACKWARD_FLOAT = Unit("backward_fp32_heavy.cu", "<float, 32,")
 BACKWARD_OTHERS = Unit("backward_others_bf16.cu")
+BACKWARD_PASSES = Unit("backward.cu")  # with the sums of a bias gradient over batch and heads
 
 PLAIN_CASES = (
     "full bf16 head_dim=64 value_dim=64 L=129 S=64 kind=large" + ONE,
@@ -185,6 +186,6 @@ SUBJECTS = {
     "decode.cuh": Subject((DECODE,), DECODE_CASES),
     "backward.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_WIDE), _GRADIENTS),
     "backward_rows.cuh": Subject((BACKWARD_OTHERS, BACKWARD), _GRADIENTS),
-    "backward_chunks.cuh": Subject((BACKWARD_OTHERS,), GRADIENT_CASES),
+    "backward_chunks.cuh": Subject((BACKWARD_OTHERS, BACKWARD_PASSES), GRADIENT_CASES),
     "gradient.cuh": Subject((BACKWARD, BACKWARD_HEAVY, BACKWARD_FLOAT, BACKWARD_OTHERS), _GRADIENTS),
 }
