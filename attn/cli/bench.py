@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (cuda if there is a GPU)")
     parser.add_argument("--backend", action="append", default=[], metavar="NAME", help="of ours, only this one")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="of the others, only this one")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time for the rounds of each work (1.5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of each work (2)")
     parser.add_argument("--list", action="store_true", help="print the lines of the works; time nothing")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything, with the machine, to PATH")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write a line for each contender to PATH")
