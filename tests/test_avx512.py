@@ -50,7 +50,7 @@ def test_the_tests_of_the_kernels(emulated: Path) -> None:
     """Those of this folder with the emulated library in place: on every set, or on the one with tiles."""
     # No question of speed: an emulation is not quick, and which set is the quicker one was not measured.
     chosen = "not portable and not costs_less and not planner_takes_it"
-    tests = ("tests/test_native.py", "tests/test_cpu_backward.py")
+    tests = [f"tests/test_{name}.py" for name in ("native", "native_threads", "cpu_backward")]
     done = in_tree(emulated, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", chosen, *tests, ATTN_CPU_ISA="amx")
     assert done.returncode == 0, done.stdout[-6000:]
     for isa in EMULATED:

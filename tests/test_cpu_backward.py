@@ -27,17 +27,10 @@ def long_call(B: int, Hq: int, Hkv: int, L: int, S: int, **band: int) -> tuple[O
     return Operands(q, k, v, bias=torch.randn(1, Hq, 1, S), scale=24**-0.5, **band), d_out  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def threads() -> object:
-    """Leaves the number of threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("isa", native.usable())
 @pytest.mark.parametrize("name", LONG)
-def test_chunks_of_a_long_call(name: str, isa: str, threads: object) -> None:
+def test_chunks_of_a_long_call(name: str, isa: str) -> None:
     """Right, and the same bits for 1, 2 and more threads than cores."""
     x, d_out = long_call(**LONG[name])
     engine = load("cpu")

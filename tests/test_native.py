@@ -1,4 +1,4 @@
-"""The compiled library: its instruction sets, threads and forks, what it refuses, and that nobody is served less."""
+"""The compiled library: its instruction sets and forks, what it refuses, and that nobody is served less."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_bits import same_bits
 from torch import Tensor
 
 import attn
 from attn import native, planner
 from attn.backends import load
-from attn.operands import checked
 from attn.spec import AttentionSpec, DecodeOperands, Operands
-from attn.testing import assert_case, assert_forward, cases, oracle, run_case
+from attn.testing import assert_case, cases
 
 EXPECTED = [name for name in os.environ.get("ATTN_EXPECT", "").split(",") if name]
 """Backends that a run is there to test: without this, a library that does not load would pass unseen."""
@@ -45,94 +45,8 @@ def test_random_cases_on_every_instruction_set(isa: str, part: int) -> None:
 
 
 @loaded
-@pytest.mark.parametrize("isa", native.usable())
-def test_tiles_of_queries_that_go_over_the_keys_together(isa: str) -> None:
-    """Long calls, in which a unit of work is several tiles: how many depends on the threads, and no bit on that."""
-    drawn = cases(6, 73, ops=("attention", "varlen"), sizes=(200, 330))
-    before = torch.get_num_threads()
-    try:
-        with native.use_isa(isa):
-            for case in drawn:
-                assert_case(case, "cpu")
-                many = run_case(case, "cpu").out
-                torch.set_num_threads(9)
-                assert same_bits(many, run_case(case, "cpu").out), str(case)
-                torch.set_num_threads(before)
-    finally:
-        torch.set_num_threads(before)
-
-
-@loaded
-@pytest.mark.parametrize("isa", native.usable())
-def test_tiles_of_queries_that_go_over_a_dense_mask_together(isa: str) -> None:
-    """Some see nothing of a tile of keys, some all of it, some a part; the last row sees nothing at all."""
-    torch.manual_seed(79)
-    q, k, v = (torch.randn(1, 4, 600, 16) for _ in range(3))
-    visible = torch.rand(600, 600) > 0.5
-    visible[64:200, 128:256] = False
-    visible[300:520, 64:400] = True
-    visible[-1] = False
-    before, results = torch.get_num_threads(), []
-    try:
-        with native.use_isa(isa):
-            for threads in (1, 9):  # five tiles together, and each by itself
-                torch.set_num_threads(threads)
-                results.append(attn.attention(q, k, v, mask=attn.masks.dense(visible), backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    assert same_bits(*results)
-    assert_forward(oracle(checked(q, k, v, attn.masks.dense(visible))), results[0], gate=True)
-
-
-@loaded
-@pytest.mark.parametrize("isa", native.usable())
-def test_infinite_values_that_some_tiles_see(isa: str) -> None:
-    """The same bits for tiles together and each by itself: a value past the keys of a tile of queries takes no part."""
-    torch.manual_seed(80)
-    q, k, v = (torch.randn(1, 8, n, 64).bfloat16() for n in (128, 133, 133))
-    v[:, :, 80] = torch.inf
-    x = Operands(q, k, v, right=0, end=True, scale=0.125)
-    before, results = torch.get_num_threads(), []
-    try:
-        with native.use_isa(isa):
-            for threads in (1, 9):
-                torch.set_num_threads(threads)
-                results.append(load("cpu").forward(x)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
-    assert results[0][:, :, :64].isfinite().all()
-    assert not results[0][:, :, 75:].isfinite().any()
-
-
-@loaded
 def test_portable_runs_everywhere() -> None:
     assert "portable" in native.usable()
-
-
-@loaded
-def test_every_result_is_the_same_on_any_number_of_threads() -> None:
-    drawn = [c for c in cases(40, 67, ops=("attention", "varlen", "decode"), sizes=(3, 17, 65, 130)) if c.has_gradients]
-    drawn += cases(10, 71, ops=("decode",), sizes=(17, 300))
-    before = torch.get_num_threads()
-    try:
-        for case in drawn:
-            results = []
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                results.append(run_case(case, "cpu"))
-            for name in ("out", "m", "l", "lse", "weights", "dq", "dk", "dv", "d_bias"):
-                first, *others = (getattr(r, name) for r in results)
-                for other in others:
-                    assert (first is None) == (other is None)
-                    assert first is None or same_bits(first, other), (name, str(case))
-    finally:
-        torch.set_num_threads(before)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
 @loaded
