@@ -111,6 +111,11 @@ class AttentionSpec(NamedTuple):
     grad: bool = False
     deterministic: bool = False
 
+    @property
+    def sm(self) -> int | None:
+        """The compute capability of an NVIDIA GPU, 90 for 9.0; None elsewhere."""
+        return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else None
+
     def __str__(self) -> str:
         words = [self.op, self.device, str(self.dtype).removeprefix("torch.")]
         for name in self._fields[3:]:

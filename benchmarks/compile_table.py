@@ -344,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         print(markdown(row_tables.load(Row, RESULTS)))
         return 0
+    import triton
+
     path = args.json or RESULTS
     writing = bool(args.json) or not (args.quick or args.check)
     committed = row_tables.load(Row, path)
@@ -361,8 +363,6 @@ def main(argv: list[str] | None = None) -> int:
             wrong += [] if writing else risen(row, committed)
             print(json.dumps(row._asdict()), flush=True)
         if writing:
-            import triton
-
             row_tables.save(rows, path, triton=triton.__version__)
     wrong += [what for row in rows.values() for what in faults(row)]
     print("\n".join(wrong) if wrong else f"{len(rows)} kernels, nothing wrong", file=sys.stderr)

@@ -103,7 +103,7 @@ class Backend:
             return f"takes head_dim up to {able.max_head_dim}, not {largest}"
         if spec.head_dim != spec.value_dim and not able.value_dim_differs:
             return f"needs equal head dims, not {spec.head_dim} for query and {spec.value_dim} for value"
-        if spec.arch.startswith("sm_") and int(spec.arch.removeprefix("sm_")) < able.oldest_sm:
+        if spec.sm is not None and spec.sm < able.oldest_sm:
             return f"needs compute capability {able.oldest_sm / 10} or newer, not {spec.arch}"
         for name, words in FEATURES.items():
             if getattr(spec, name) and name not in able.features:

@@ -31,10 +31,10 @@ class CudaBackend(Backend):
 
     def refuses(self, spec: AttentionSpec) -> str | None:
         """GPUs for which the library has no code."""
-        if not spec.arch.startswith("sm_"):
+        if spec.sm is None:
             return None
-        arch, built = int(spec.arch.removeprefix("sm_")), native_cuda.images()
-        if built and not native_cuda.runs_on(arch, built):
+        built = native_cuda.images()
+        if built and not native_cuda.runs_on(spec.sm, built):
             ptx = f" and PTX of {built['ptx']}" if built["ptx"] else ""
             has = f"{', '.join(built['archs'])}{ptx}"
             return f"was built for {has}, not for {spec.arch}; ATTN_CUDA_ARCHS names what it is built for"
