@@ -1,11 +1,14 @@
-"""One work: its contenders are checked, then timed in turns, in one run.
+"""A work's contenders are checked, then timed in turns, in one run; a run visits each of its works several times.
 
 Whoever fails its check, or raises, gets no time. The others are warmed up until their times settle; then all take
 turns, the order changing from round to round, so that heat, clocks and other work on the machine meet all alike.
+What else shares caches and cores changes from second to second and does not slow all down alike, so the rounds of a
+work are spread over the whole run.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +28,8 @@ SETTLED, WARM_UPS = 0.1, 5
 """Two samples in a row that differ by no more than this part end the warm-up; at the latest, so many do."""
 ROUNDS = (7, 40)
 """At least, whatever it takes, and at most, whatever time is left."""
+VISITS, ROUNDS_OF_VISIT = 4, (3, 15)
+"""How often a run comes back to a work, and the same of each time."""
 
 Check = Callable[[Contender], float]
 """The largest error over what is allowed; AssertionError where more is wrong."""
@@ -101,49 +106,76 @@ def lineup(work: Work, who: Who = EVERYONE) -> Lineup:
     """Data, contenders and exact results of a work."""
     if work.kind not in CALLS:
         m = modules.problem(work)
-        found, wanted = m.contenders(who.backends), modules.ModuleExpected(m)
+        found, wanted = m.contenders(who.backends), functools.cache(lambda: modules.ModuleExpected(m))
         of = {c.name: m.ours if c.ours else m.stock for c in found}
         runs = {c.name: _run(work, c.call, m.leaves(of[c.name]), m.d_out) for c in found}
-        return Lineup(found, runs, lambda c: wanted.worst(of[c.name]), cost_of_module(work), {})
+        return Lineup(found, runs, lambda c: wanted().worst(of[c.name]), cost_of_module(work), {})
     case, x = work.case, work.operands()
     p = problem.problem(case, x)
     found, absent = contenders(p, who.backends, who.peers)
-    expected = checks.expected(case, x)
+    expected = functools.cache(lambda: checks.expected(case, x))
     d_out = None if isinstance(x, DecodeOperands) or not case.has_gradients else case.gradients(x)[0]
     runs = {c.name: _run(work, c.call, p.leaves, d_out) for c in found}
-    return Lineup(found, runs, lambda c: _worst_of_call(c, p, expected), cost_of_call(work, x), absent)
+    return Lineup(found, runs, lambda c: _worst_of_call(c, p, expected()), cost_of_call(work, x), absent)
 
 
-def measure(work: Work, timer: Timer, seconds: float, who: Who = EVERYONE) -> Result:
-    """Check and time everyone; `seconds` is for the rounds alone."""
-    ready = lineup(work, who)
-    rows = race(ready.contenders, ready.runs, ready.check, timer, seconds)
-    return Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
+def measure(
+    works: Sequence[Work],
+    timer: Timer,
+    seconds: float,
+    who: Who = EVERYONE,
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Check and time everyone; `seconds` is for the rounds of a work alone. `advance` is called after each visit."""
+    found: dict[Work, Result] = {}
+    for _ in range(VISITS):
+        for work in works:
+            ready = lineup(work, who)  # made anew: the data of all works together might not fit
+            known = found[work].rows if work in found else ()
+            who_runs = ready.contenders, ready.runs, ready.check
+            rows = race(*who_runs, timer, seconds / VISITS, ROUNDS_OF_VISIT, known)
+            found[work] = Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
+            advance(str(work))
+    return [found[work] for work in works]
 
 
 def race(
-    found: Sequence[Contender], runs: dict[str, Callable[[], Run]], check: Check, timer: Timer, seconds: float
+    found: Sequence[Contender],
+    runs: dict[str, Callable[[], Run]],
+    check: Check,
+    timer: Timer,
+    seconds: float,
+    rounds: tuple[int, int] = ROUNDS,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
-    """Rows in the order of the contenders. `runs` makes what is sampled of each, once its check has passed."""
-    rows = {c.name: Row(c.name, c.ours) for c in found}
+    """Rows in the order of the contenders. `runs` makes what is sampled of each, once its check has passed.
+
+    Rows that are `known` from an earlier visit go on: nobody is checked twice, and who got no time gets none.
+    """
+    rows = {r.contender: r for r in known or [Row(c.name, c.ours) for c in found]}
     ready: dict[str, Run] = {}
     for c in found:
         row = rows[c.name]
+        if row.problem:
+            continue
         try:
             with c.inside(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch warns of each kernel that it may not use
-                row.error = check(c)
+                if not known:
+                    row.error = check(c)
                 run = runs[c.name]()
                 ready[c.name] = timer.prepared(run)
-                row.memory = timer.memory(run)
-                _warm_up(timer, ready[c.name])
+                if not known:
+                    row.memory = timer.memory(run)
+                _warm_up(timer, ready[c.name], 1 if known else WARM_UPS)
         except AssertionError as error:
             row.problem, row.wrong = str(error), True
         except Exception as error:  # a kernel that refuses a shape is an answer too, and the others go on
             row.problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    alive = [c for c in found if c.name in ready]
+            row.ms.clear()
+    alive = [c for c in found if not rows[c.name].problem]
     start, n = timer.now(), 0
-    while alive and n < ROUNDS[1] and (n < ROUNDS[0] or timer.now() - start < seconds):
+    while alive and n < rounds[1] and (n < rounds[0] or timer.now() - start < seconds):
         first = n % len(alive)
         for c in [*alive[first:], *alive[:first]]:
             with c.inside():
@@ -152,9 +184,9 @@ def race(
     return list(rows.values())
 
 
-def _warm_up(timer: Timer, run: Run) -> None:
+def _warm_up(timer: Timer, run: Run, most: int) -> None:
     before = 0.0
-    for _ in range(WARM_UPS):
+    for _ in range(most):
         now = timer.sample(run)
         if abs(now - before) <= SETTLED * before:
             return

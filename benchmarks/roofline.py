@@ -14,7 +14,7 @@ SIDE, FIRST_SIDE = {"cpu": 1024, "cuda": 8192}, 128
 SLOW_MS = 50.0
 """A product of 16-bit matrices on a CPU that took so long is the last: without such products one takes seconds."""
 COPIED = {"cpu": 64 << 20, "cuda": 1 << 30}
-SAMPLES = 5
+SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Roofline:
 
 
 def measure(timer: Timer, device: str, dtypes: set[str]) -> Roofline:
-    """The best of a few samples each."""
+    """The best of `SAMPLES` each."""
     found = {dtype: _products(timer, device, getattr(torch, dtype)) for dtype in sorted(dtypes | {"float32"})}
     source = torch.randn(COPIED[device] // 4, device=device)
     target = torch.empty_like(source)

@@ -21,6 +21,8 @@ FLUSHED_WITHOUT_ANSWER = 32 << 20
 SHARED_FROM = 64 << 20
 """Bytes of a last-level cache above which it serves many cores: a part of that size is flushed, or a sample would take
 longer to prepare than to time."""
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""What glibc's mallopt calls M_TRIM_THRESHOLD and M_MMAP_MAX."""
 PEAK, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -28,6 +30,7 @@ class CpuTimer:
     """Wall-clock time of single calls."""
 
     def __init__(self) -> None:
+        _keep_freed_memory()
         self.flushed = torch.empty(2 * min(_last_level_cache(), SHARED_FROM), dtype=torch.uint8)
 
     def now(self) -> float:
@@ -117,6 +120,19 @@ class GpuTimer:
 
 
 Timer = CpuTimer | GpuTimer
+
+
+def _keep_freed_memory() -> None:
+    """From now on malloc keeps what is freed, for the next call to use again: ours and the peers' alike.
+
+    Left alone, glibc gives large blocks back to the system, or finds room for them in its heap, as that happens to lie.
+    The same call of PyTorch's math kernel then met 16386 page faults, 8193 or none, by process, and took up to 1.7
+    times as long; a module that returns weights met 8160 or none.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)
 
 
 def timer_for(device: str) -> Timer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import sys
 import types
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from attn.benchmarks import (
 )
 from attn.benchmarks.harness import Row
 from attn.benchmarks.peers import Contender
+from attn.benchmarks.work import Work
 from attn.spec import Operands
 from attn.testing import assert_close, oracle
 
@@ -91,6 +93,46 @@ def test_turns_change_and_time_ends_them() -> None:
     assert order[-4:] == ["a", "b", "b", "a"]
     many = harness.race(found, runs, lambda c: 0.0, FakeTimer(), seconds=1e9)  # type: ignore[arg-type]
     assert len(many[0].ms) == harness.ROUNDS[1]
+
+
+def test_works_are_visited_in_turns_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    works = [work.parse(CALLS[0]), work.parse(MODULES[0])]
+
+    def lineup(w: Work, who: harness.Who) -> harness.Lineup:
+        visit = sum(e == f"visit {w.kind}" for e in events)
+        events.append(f"visit {w.kind}")
+
+        def prepare(name: str) -> Callable[[], object]:
+            if name == "weak" and visit == 2:
+                raise MemoryError("no room")
+            return lambda: None
+
+        def check(c: Contender) -> float:
+            events.append(f"check {c.name} {w.kind}")
+            if c.name == "wrong":
+                raise AssertionError("off by one")
+            return 0.5
+
+        names = ("sound", "weak", "wrong")
+        found = [Contender(name, lambda: torch.ones(1)) for name in names]
+        runs = {name: (lambda name=name: prepare(name)) for name in names}
+        return harness.Lineup(found, runs, check, work.Cost(1, 1), {})
+
+    monkeypatch.setattr(harness, "lineup", lineup)
+    told: list[str] = []
+    results = harness.measure(works, FakeTimer(), 0.0, advance=told.append)  # type: ignore[arg-type]
+    assert [e for e in events if e.startswith("visit")] == ["visit attention", "visit module"] * harness.VISITS
+    assert sorted(e for e in events if e.startswith("check")) == sorted(
+        f"check {name} {kind}" for name in ("sound", "weak", "wrong") for kind in ("attention", "module")
+    )
+    assert told == [str(w) for w in works] * harness.VISITS
+    assert [r.work for r in results] == works
+    for result in results:
+        sound, weak, wrong = result.rows
+        assert len(sound.ms) == harness.VISITS * harness.ROUNDS_OF_VISIT[0]
+        assert (weak.ms, weak.problem, weak.wrong) == ([], "MemoryError: no room", False)
+        assert (wrong.ms, wrong.problem, wrong.wrong) == ([], "off by one", True)
 
 
 def test_warm_up_ends_when_times_settle() -> None:
@@ -194,6 +236,21 @@ def test_the_cpu_timer_times_one_call() -> None:
     ms = clock.sample(clock.prepared(lambda: seen.append(1)))
     assert len(seen) == 2
     assert ms > 0
+
+
+def test_a_call_finds_the_memory_of_those_before_it() -> None:
+    """Twice as large as any block that glibc keeps by itself. Aligned blocks take a few calls to find their place."""
+    resource = pytest.importorskip("resource")
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("mallopt is glibc's")
+    clock = timer.CpuTimer()
+    run = clock.prepared(lambda: torch.empty(64 << 20, dtype=torch.uint8).fill_(1))
+    for _ in range(20):
+        clock.sample(run)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    clock.sample(run)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < (64 << 20) / resource.getpagesize() / 10
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])

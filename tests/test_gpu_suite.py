@@ -156,7 +156,7 @@ def test_a_work_that_cannot_be_set_up_is_a_result_too(monkeypatch: pytest.Monkey
 def test_modules_run_on_the_backend_that_is_named() -> None:
     w = work.parse("module both cpu float32 full B=1 H=2 L=20 D=8")
     with spy() as calls:
-        result = harness.measure(w, FakeTimer(), 0.0, Who(("reference",)))  # type: ignore[arg-type]
+        (result,) = harness.measure([w], FakeTimer(), 0.0, Who(("reference",)))  # type: ignore[arg-type]
     assert [r.contender for r in result.rows] == ["attn reference", "nn.MHA"]
     assert all(r.ms and not r.problem for r in result.rows)
     assert {backend for backend, _ in calls} == {"reference"}

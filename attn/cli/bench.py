@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (cuda if there is a GPU)")
     parser.add_argument("--backend", action="append", default=[], metavar="NAME", help="of ours, only this one")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="of the others, only this one")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of each work (2)")
+    parser.add_argument("--seconds", type=float, default=2.5, help="time for the rounds of each work (2.5)")
     parser.add_argument("--list", action="store_true", help="print the lines of the works; time nothing")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything, with the machine, to PATH")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write a line for each contender to PATH")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         works = _works(args)
         who = _who(args)
         about = machine.machine()
-        before = _earlier(args.compare, about) if args.compare else None
+        before = _earlier(args.compare, about) if args.compare else {}
     except ValueError as error:
         print(f"python -m attn bench: {error}", file=sys.stderr)
         return 2
@@ -57,25 +57,22 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(str, works)))
         return 0
     clock = timer.timer_for(works[0].device)
-    found: list[dict[str, Any]] = []
     changes: list[Change] = []
-    with progress("bench", len(works) + 1) as advance:
+    with progress("bench", harness.VISITS * len(works) + 1) as advance:
         roof = roofline.measure(clock, works[0].device, {w.dtype for w in works})
         advance("roofline")
-        for work in works:
-            result = harness.measure(work, clock, args.seconds, who)
-            if before is not None:
-                then = before.get(str(work))
-                changed = compare.changes(result, then)
-                if any(c.slower for c in changed):  # noise seldom strikes twice
-                    result = harness.measure(work, clock, args.seconds, who)
-                    changed = _milder(changed, compare.changes(result, then))
-                changes += changed
-            found.append(report.plain(result, roof))
-            advance(str(work))
+        results = harness.measure(works, clock, args.seconds, who, advance)
+        for n, work in enumerate(works):
+            then = before.get(str(work))
+            changed = compare.changes(results[n], then)
+            if any(c.slower for c in changed):  # noise seldom strikes twice
+                (results[n],) = harness.measure([work], clock, args.seconds, who)
+                changed = _milder(changed, compare.changes(results[n], then))
+            changes += changed
+    found = [report.plain(result, roof) for result in results]
     report.show(found)
     print()
-    for part in (report.summary(found), report.notes(found), report.changed(changes) if before is not None else []):
+    for part in (report.summary(found), report.notes(found), report.changed(changes) if args.compare else []):
         if part:
             print("\n".join([*part, ""]))
     reached = ", ".join(f"{dtype} {gflops:.0f} GFLOP/s" for dtype, gflops in roof.gflops.items())
