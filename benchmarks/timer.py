@@ -126,13 +126,14 @@ def _keep_freed_memory() -> None:
     """From now on malloc keeps what is freed, for the next call to use again: ours and the peers' alike.
 
     Left alone, glibc gives large blocks back to the system, or finds room for them in its heap, as that happens to lie.
-    The same call of PyTorch's math kernel then met 16386 page faults, 8193 or none, by process, and took up to 1.7
+    The same call of PyTorch's math kernel then met 16386 page faults, 8193 or none, by process, and took up to 1.6
     times as long; a module that returns weights met 8160 or none.
     """
-    with contextlib.suppress(AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, -1)
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another library than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(MMAP_MAX, 0)
+            mallopt(TRIM_THRESHOLD, -1)
 
 
 def timer_for(device: str) -> Timer:
