@@ -28,7 +28,7 @@ SETTLED, WARM_UPS = 0.1, 5
 """Two samples in a row that differ by no more than this part end the warm-up; at the latest, so many do."""
 ROUNDS = (7, 40)
 """At least, whatever it takes, and at most, whatever time is left."""
-VISITS, ROUNDS_OF_VISIT = 4, (3, 15)
+VISITS, ROUNDS_OF_VISIT = 6, (2, 10)
 """How often a run comes back to a work, and the same of each time."""
 
 Check = Callable[[Contender], float]
@@ -176,7 +176,7 @@ def race(
     alive = [c for c in found if not rows[c.name].problem]
     start, n = timer.now(), 0
     while alive and n < rounds[1] and (n < rounds[0] or timer.now() - start < seconds):
-        first = n % len(alive)
+        first = len(rows[alive[0].name].ms) % len(alive)
         for c in [*alive[first:], *alive[:first]]:
             with c.inside():
                 rows[c.name].ms.append(timer.sample(ready[c.name]))

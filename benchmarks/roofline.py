@@ -14,7 +14,7 @@ SIDE, FIRST_SIDE = {"cpu": 1024, "cuda": 8192}, 128
 SLOW_MS = 50.0
 """A product of 16-bit matrices on a CPU that took so long is the last: without such products one takes seconds."""
 COPIED = {"cpu": 64 << 20, "cuda": 1 << 30}
-SAMPLES = 20
+SAMPLES = 10
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (cuda if there is a GPU)")
     parser.add_argument("--backend", action="append", default=[], metavar="NAME", help="of ours, only this one")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="of the others, only this one")
-    parser.add_argument("--seconds", type=float, default=2.5, help="time for the rounds of each work (2.5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of each work (2)")
     parser.add_argument("--list", action="store_true", help="print the lines of the works; time nothing")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything, with the machine, to PATH")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write a line for each contender to PATH")
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     reached = ", ".join(f"{dtype} {gflops:.0f} GFLOP/s" for dtype, gflops in roof.gflops.items())
     print(f"Roofline of this run: {reached} (matrix product), {roof.gbytes:.1f} GB/s (copy).")
     print("Times from cold caches; roofline: share of what these two allow; error: the largest over what is allowed.")
+    if works[0].device == "cpu":
+        print("Memory that a call frees stays with the process, and the next call finds it there.")
     _write(args, about, {"gflops": roof.gflops, "gbytes": roof.gbytes}, found)
     wrong = any(row["wrong"] and row["ours"] for f in found for row in f["rows"])
     return 1 if wrong or any(c.slower for c in changes) else 0
