@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,14 +119,20 @@ def lineup(work: Work, who: Who = EVERYONE) -> Lineup:
     return Lineup(found, runs, lambda c: _worst_of_call(c, p, expected()), cost_of_call(work, x), absent)
 
 
-def measure(
+def measure(works: Sequence[Work], timer: Timer, seconds: float, who: Who = EVERYONE) -> list[Result]:
+    """Check and time everyone; `seconds` is for the rounds of a work alone."""
+    *_, found = visits(works, timer, seconds, who)
+    return found
+
+
+def visits(
     works: Sequence[Work],
     timer: Timer,
     seconds: float,
     who: Who = EVERYONE,
     advance: Callable[[str], None] = lambda _: None,
-) -> list[Result]:
-    """Check and time everyone; `seconds` is for the rounds of a work alone. `advance` is called after each visit."""
+) -> Iterator[list[Result]]:
+    """What is known after each visit to all works, the last being `measure`'s; `advance` is called after each work."""
     found: dict[Work, Result] = {}
     for _ in range(VISITS):
         for work in works:
@@ -136,7 +142,7 @@ def measure(
             rows = race(*who_runs, timer, seconds / VISITS, ROUNDS_OF_VISIT, known)
             found[work] = Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
             advance(str(work))
-    return [found[work] for work in works]
+        yield [found[work] for work in works]
 
 
 def race(

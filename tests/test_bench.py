@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,14 @@ def test_what_is_slower_once_is_measured_again(
     fake()
     assert main(["bench", *CAUSAL.split(), "--json", str(first)]) == 0
     made = fake(slow=2.0)
-    measure, calls = harness.measure, []
+    visits, calls = harness.visits, []
 
-    def once(*args: Any) -> list[harness.Result]:
+    def once(*args: Any) -> Iterator[list[harness.Result]]:
         calls.append(args)
         made.slow = 2.0 if len(calls) == 1 else 1.0
-        return measure(*args)
+        return visits(*args)
 
-    monkeypatch.setattr(harness, "measure", once)
+    monkeypatch.setattr(harness, "visits", once)
     assert main(["bench", *CAUSAL.split(), "--compare", str(first)]) == 0
     assert len(calls) == 2
 

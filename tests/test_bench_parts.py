@@ -48,6 +48,8 @@ def test_a_roofline() -> None:
     heavy, light = work.Cost(10**9, 10**6), work.Cost(10**6, 10**8)
     assert (roof.floor_ms(heavy, "bfloat16"), roof.bound(heavy, "bfloat16")) == (10.0, "math")
     assert (roof.floor_ms(light, "float32"), roof.bound(light, "float32")) == (10.0, "memory")
+    quicker, busy = roofline.Roofline({"float32": 120.0, "bfloat16": 8.0}, 9.0), roof
+    assert busy.or_better(quicker) == roofline.Roofline({"float32": 120.0, "bfloat16": 10.0}, 10.0)
     found = roofline.measure(FakeTimer(), "cpu", {"float64"})  # type: ignore[arg-type]
     assert found.gflops["float64"] == 2 * 1024**3 / 10.0 / 1e6
     assert found.gbytes == 2 * roofline.COPIED["cpu"] / 10.0 / 1e6
@@ -121,7 +123,7 @@ def test_works_are_visited_in_turns_and_checked_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(harness, "lineup", lineup)
     told: list[str] = []
-    results = harness.measure(works, FakeTimer(), 0.0, advance=told.append)  # type: ignore[arg-type]
+    *_, results = harness.visits(works, FakeTimer(), 0.0, advance=told.append)  # type: ignore[arg-type]
     assert [e for e in events if e.startswith("visit")] == ["visit attention", "visit module"] * harness.VISITS
     assert sorted(e for e in events if e.startswith("check")) == sorted(
         f"check {name} {kind}" for name in ("sound", "weak", "wrong") for kind in ("attention", "module")
@@ -165,6 +167,14 @@ def test_committed_results_can_still_be_read() -> None:
             )
             assert [c.ratio for c in compare.changes(result, f)] == [1.0]
         assert report.summary(found["results"])
+
+
+def test_a_ratio_is_that_within_rounds_without_their_extremes() -> None:
+    ours = [1.0, 2.0, 4.0, 1.0, 1.0]
+    theirs = [2.0 * ours[0], 2.0 * ours[1], 4.0 * ours[2], 99.0, 0.01]
+    rows = [Row("attn cpu", True, ours), Row("peer", False, theirs)]
+    found = report.plain(harness.Result(Work(), 1, 1, rows, {}), roofline.Roofline({"float32": 1.0}, 1.0))
+    assert f"{(2 * 2 * 4) ** (1 / 3):.2f} x" in report.summary([found])[0]
 
 
 def test_percentiles() -> None:

@@ -13,7 +13,7 @@ from attn.cli.progress import progress
 
 if TYPE_CHECKING:  # the command is listed where torch does not load
     from attn.benchmarks.compare import Change
-    from attn.benchmarks.harness import Who
+    from attn.benchmarks.harness import Result, Who
     from attn.benchmarks.work import Work
 
 PRESETS = ("quick", "paper", "bert", "gpt", "vit", "decode")
@@ -57,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(str, works)))
         return 0
     clock = timer.timer_for(works[0].device)
+    results: list[Result] = []
     changes: list[Change] = []
-    with progress("bench", harness.VISITS * len(works) + 1) as advance:
-        roof = roofline.measure(clock, works[0].device, {w.dtype for w in works})
-        advance("roofline")
-        results = harness.measure(works, clock, args.seconds, who, advance)
+    device, dtypes = works[0].device, {w.dtype for w in works}
+    with progress("bench", harness.VISITS * len(works)) as advance:
+        roof = roofline.measure(clock, device, dtypes)
+        for known in harness.visits(works, clock, args.seconds, who, advance):
+            results = known
+            roof = roof.or_better(roofline.measure(clock, device, dtypes))
         for n, work in enumerate(works):
             then = before.get(str(work))
             changed = compare.changes(results[n], then)
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     reached = ", ".join(f"{dtype} {gflops:.0f} GFLOP/s" for dtype, gflops in roof.gflops.items())
     print(f"Roofline of this run: {reached} (matrix product), {roof.gbytes:.1f} GB/s (copy).")
     print("Times from cold caches; roofline: share of what these two allow; error: the largest over what is allowed.")
-    if works[0].device == "cpu":
+    if device == "cpu":
         print("Memory that a call frees stays with the process, and the next call finds it there.")
     _write(args, about, {"gflops": roof.gflops, "gbytes": roof.gbytes}, found)
     wrong = any(row["wrong"] and row["ours"] for f in found for row in f["rows"])
