@@ -144,13 +144,14 @@ def notes(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Our best against each peer, by kind and pass: the geometric mean over works of the ratio within rounds."""
+    """Our best against each peer, by kind and pass: the geometric mean over works of the median ratio of a round."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for f in found:
         ours = min((r for r in f["rows"] if r["ours"] and r["ms"]), key=lambda r: r["p50_ms"], default=None)
         for r in f["rows"]:
             if ours and not r["ours"] and r["ms"]:
-                ratios.setdefault((f"{f['kind']} {f['what']}", r["contender"]), []).append(_ratio(r["ms"], ours["ms"]))
+                ratio = statistics.median(theirs / own for theirs, own in zip(r["ms"], ours["ms"], strict=True))
+                ratios.setdefault((f"{f['kind']} {f['what']}", r["contender"]), []).append(ratio)
     rows = [
         (what, peer, f"{statistics.geometric_mean(r):.2f} x", f"{min(r):.2f}", f"{max(r):.2f}", str(len(r)))
         for (what, peer), r in ratios.items()
@@ -159,16 +160,6 @@ def summary(found: Sequence[dict[str, Any]]) -> list[str]:
         return []
     headers = ("attn is quicker", "than", "by", "least", "most", "cases")
     return [table(headers, rows, left=2, indent="")]
-
-
-def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """The geometric mean over the rounds between p20 and p80 of the ratio.
-
-    Where one core of two is slow for a while the ratio has two values, and a median jumps from one to the other.
-    """
-    ratios = sorted(t / own for t, own in zip(theirs, ours, strict=True))
-    cut = len(ratios) // 5
-    return statistics.geometric_mean(ratios[cut : len(ratios) - cut])
 
 
 def changed(found: Sequence[Change]) -> list[str]:
