@@ -2,8 +2,9 @@
 //
 // A unit of work is a chunk of kChunk keys of one sequence and key head, for all query rows of its group, so
 // that each byte of the cache is read once; chunks are combined in their order: the same bits whatever the
-// number of threads. Within a unit keys are walked in address order, one row of K, then one row of V: what
-// the prefetcher follows.
+// number of threads. Within a unit rows are read in address order, which the prefetcher follows: K for the
+// scores of a span of keys, and V of the span before by turns with it, so that the arithmetic is spread
+// evenly over what is read.
 #pragma once
 #include "softmax.h"
 #include "tiles.h"
@@ -11,9 +12,11 @@
 namespace attn::cpu::ATTN_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024, kSpan = 256;  // keys per unit, and per pass over its rows
+constexpr int64_t kChunk = 1024, kSpan = 256;  // keys per unit, and per softmax
 // Rows are fetched this many bytes ahead, of at most so many rows: the prefetcher stops at each page.
 constexpr int64_t kAheadBytes = 6 * 1024, kLookahead = 24;
+constexpr int64_t kManyRows = 3;  // K and V take turns often; below, where arithmetic is little, span by span
+constexpr int kSums = kRows * kCols > 16 ? 16 : 8;  // vectors of sums in registers, beside what makes them
 
 // What a chunk leaves per row: the sum of exp(s - m) v, then m and l.
 struct Partials {
@@ -33,94 +36,108 @@ struct Partials {
 };
 
 struct DecodeSpace {
-  Real *q, *s;
-  const void **k, **v;  // rows of the keys of a span, and of those after it
+  Real *q, *s, *p;      // scores of a span, probabilities of the one before
+  const void **k, **v;  // their rows, and those after them
 
   DecodeSpace(Carver& c, int64_t rows, int64_t D) {
     q = c.take<Real>(rows * round_up(D, kWidth));
     s = c.take<Real>(rows * kSpan);
+    p = c.take<Real>(rows * kSpan);
     k = c.take<const void*>(kSpan + kLookahead);
     v = c.take<const void*>(kSpan + kLookahead);
   }
 };
 
-// Sums across the lanes of kWidth vectors, of vector i in lane i.
-ATTN_INLINE Vec sums(Vec (&x)[kWidth]) {
+// The maxima of kWidth vectors, of vector i in lane i.
+ATTN_INLINE Vec maxima(Vec (&x)[kWidth]) {
   transpose(x);
   ATTN_UNROLL
   for (int n = kWidth / 2; n > 0; n /= 2) ATTN_UNROLL
-  for (int i = 0; i < n; ++i) x[i] = add(x[i], x[i + n]);
+  for (int i = 0; i < n; ++i) x[i] = max(x[i], x[i + n]);
   return x[0];
 }
 
-// Rows of `width` numbers that lie in kAheadBytes.
-template <class T>
-ATTN_INLINE int64_t rows_ahead(int64_t width) {
-  return clamp(kAheadBytes / static_cast<int64_t>(sizeof(T)) / most<int64_t>(1, width), 1, kLookahead);
-}
+// Rows that will be wanted, and which part of each is fetched by one pass over their keys: [from, to) of
+// `all`.
+struct Meanwhile {
+  const void* const* rows;
+  int64_t begin, end;  // bytes
 
-// s[r][j] = q[r] . k[j] for R rows. Meanwhile the rows `ahead` further on are fetched, where it is not 0.
+  ATTN_INLINE Meanwhile(const void* const* rows, int64_t bytes, int64_t from, int64_t to, int64_t all)
+      : rows(rows) {
+    const int64_t lines = (bytes + 63) / 64;
+    begin = lines * from / all * 64;
+    end = lines * to / all * 64;
+  }
+  ATTN_INLINE void fetch(int64_t row) const {
+    for (int64_t at = begin; at < end; at += 64) ATTN_PREFETCH_FAR(static_cast<const char*>(rows[row]) + at);
+  }
+};
+
+// s[r][j] = q[r] . k[j] for R rows and kWidth keys.
 template <int R, class T>
-ATTN_INLINE void dot_rows(int64_t ahead, const Real* q, int64_t q_stride, const void* const* k, int64_t nk,
-                          int64_t D, Real* s) {
+ATTN_INLINE void dot_rows(const Real* q, int64_t q_stride, const void* const* k, int64_t D, Real* s,
+                          const Meanwhile& other) {
+  constexpr int kEach = kWidth / R;  // keys whose sums fill a vector
+  constexpr int kKeys = kEach < R ? kEach : R;
   const int64_t whole = D / kWidth * kWidth;
-  for (int64_t j0 = 0; j0 < nk; j0 += kWidth) {
-    Vec part[R][kWidth];
-    const int64_t n = least<int64_t>(kWidth, nk - j0);
-    for (int64_t j = 0; j < kWidth; ++j) {
-      if (j >= n) {
-        ATTN_UNROLL
-        for (int r = 0; r < R; ++r) part[r][j] = zero();
-        continue;
-      }
-      const T* key = static_cast<const T*>(k[j0 + j]);
-      if (ahead) Ahead(static_cast<const T*>(k[j0 + j + ahead]), 0, D).fetch_far();
-      Vec a[R], b[R];
-      ATTN_UNROLL
-      for (int r = 0; r < R; ++r) a[r] = b[r] = zero();
-      int64_t d = 0;
-      for (; d + kWidth < whole; d += 2 * kWidth) {
-        const Vec x = load(key + d), y = load(key + d + kWidth);
-        ATTN_UNROLL
-        for (int r = 0; r < R; ++r) {
-          a[r] = fma(x, load(q + r * q_stride + d), a[r]);
-          b[r] = fma(y, load(q + r * q_stride + d + kWidth), b[r]);
-        }
-      }
-      for (; d < D; d += kWidth) {
-        const Vec x = load_some(key + d, D - d);
-        ATTN_UNROLL
-        for (int r = 0; r < R; ++r) a[r] = fma(x, load(q + r * q_stride + d), a[r]);
-      }
-      ATTN_UNROLL
-      for (int r = 0; r < R; ++r) part[r][j] = add(a[r], b[r]);
-    }
+  for (int64_t j0 = 0; j0 < kWidth; j0 += kEach) {
+    Vec part[kWidth];
     ATTN_UNROLL
-    for (int r = 0; r < R; ++r) store(s + r * kSpan + j0, sums(part[r]));
+    for (int i = 0; i < kWidth; ++i) part[i] = zero();
+    ATTN_UNROLL
+    for (int i = 0; i < kEach; i += kKeys) {
+      const T* key[kKeys];
+      for (int j = 0; j < kKeys; ++j) {
+        key[j] = static_cast<const T*>(k[j0 + i + j]);
+        other.fetch(j0 + i + j);
+      }
+      const auto add_products = [&](int64_t d, auto load_key) {
+        Vec y[R];
+        ATTN_UNROLL
+        for (int r = 0; r < R; ++r) y[r] = load(q + r * q_stride + d);
+        ATTN_UNROLL
+        for (int j = 0; j < kKeys; ++j) {
+          const Vec x = load_key(key[j] + d);
+          ATTN_UNROLL
+          for (int r = 0; r < R; ++r) part[r * kEach + i + j] = fma(x, y[r], part[r * kEach + i + j]);
+        }
+      };
+      for (int64_t d = 0; d < whole; d += kWidth) add_products(d, [](const T* at) { return load(at); });
+      if (whole < D) add_products(whole, [&](const T* at) { return load_some(at, D - whole); });
+    }
+    Real lanes[kWidth];
+    store(lanes, sums(part));
+    for (int r = 0; r < R; ++r) memcpy(s + r * kSpan + j0, lanes + r * kEach, kEach * sizeof(Real));
   }
 }
 
-// out[r] += sum over K keys of p[r][j] v[j], for R rows.
-template <int R, int K, class T>
-ATTN_INLINE void add_values(const Real* p, const void* const* v, int64_t width, Real* out, int64_t stride) {
-  Vec weight[R][K];
+// out[r] += sum over nk keys of p[r][j] v[j], for R rows and C vectors of columns from d on.
+template <int R, int C, class T>
+ATTN_INLINE void add_values(const Real* p, const void* const* v, int64_t nk, int64_t d, int64_t width,
+                            Real* out, int64_t stride, const Meanwhile& other) {
+  Vec total[R][C];
   ATTN_UNROLL
   for (int r = 0; r < R; ++r) ATTN_UNROLL
-  for (int j = 0; j < K; ++j) weight[r][j] = set(p[r * kSpan + j]);
-  const int64_t whole = width / kWidth * kWidth;
-  for (int64_t d = 0; d < width; d += kWidth) {
-    Vec total[R];
+  for (int c = 0; c < C; ++c) total[r][c] = zero();
+  for (int64_t j = 0; j < nk; ++j) {
+    const T* value = static_cast<const T*>(v[j]) + d;
+    other.fetch(j);
+    Vec x[C];
     ATTN_UNROLL
-    for (int r = 0; r < R; ++r) total[r] = load(out + r * stride + d);
+    for (int c = 0; c < C; ++c) x[c] = C == 1 ? load_some(value, width - d) : load(value + c * kWidth);
     ATTN_UNROLL
-    for (int j = 0; j < K; ++j) {
-      const T* value = static_cast<const T*>(v[j]) + d;
-      const Vec x = d < whole ? load(value) : load_some(value, width - d);
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = set(p[r * kSpan + j]);
       ATTN_UNROLL
-      for (int r = 0; r < R; ++r) total[r] = fma(weight[r][j], x, total[r]);
+      for (int c = 0; c < C; ++c) total[r][c] = fma(weight, x[c], total[r][c]);
     }
-    ATTN_UNROLL
-    for (int r = 0; r < R; ++r) store(out + r * stride + d, total[r]);
+  }
+  ATTN_UNROLL
+  for (int r = 0; r < R; ++r) ATTN_UNROLL
+  for (int c = 0; c < C; ++c) {
+    Real* at = out + r * stride + d + c * kWidth;
+    store(at, add(load(at), total[r][c]));
   }
 }
 
@@ -129,14 +146,25 @@ struct DecodeUnit {
   const Decode& d;
   const Partials partials;
 
-  ATTN_INLINE const T* key_row(const Rows& cache, int64_t b, int64_t head, int64_t j) const {
-    const int64_t place = d.block_table ? d.block_table[b * d.pages + j / d.slots] : b;
-    return rows_at<T>(cache, place, head, d.block_table ? j % d.slots : j);
+  static constexpr int64_t kBytes = sizeof(T);
+
+  // The rows of the keys of a span, and of those after it; from `end` on, the last one's.
+  ATTN_INLINE void find(const Rows& cache, int64_t b, int64_t head, int64_t first, int64_t end,
+                        const void** to) const {
+    int64_t j = 0;
+    for (const int64_t have = least(kSpan + kLookahead, end - first); j < have;) {
+      const int64_t page = d.block_table ? (first + j) / d.slots : 0, slot = first + j - page * d.slots;
+      const int64_t place = d.block_table ? d.block_table[b * d.pages + page] : b;
+      const T* row = rows_at<T>(cache, place, head, slot);
+      for (int64_t i = slot; i < d.slots && j < have; ++i, row += cache.row) to[j++] = row;
+    }
+    for (; j < kSpan + kLookahead; ++j) to[j] = to[j - 1];
   }
 
-  // The rest of a row's scores, and its exponentials; `first` is the position of s[0], nk its length.
-  ATTN_INLINE void soften(int64_t b, int64_t head, int64_t i, int64_t first, int64_t nk, Real* s,
-                          Real* out) const {
+  // The rest of the scores of row r, whose query is i of `head`; `first` is the position of s[0], nk how many
+  // there are. Returns their maxima.
+  ATTN_INLINE Vec finish_scores(int64_t b, int64_t head, int64_t i, int64_t first, int64_t nk,
+                                Real* s) const {
     const int64_t at = i + d.lengths[b] - d.L, padded = round_up(nk, kWidth);  // the position of query i
     const int64_t begin = d.left < 0 ? 0 : clamp(at - least(d.left, kFar) - first, 0, nk);
     const int64_t end = d.right < 0 ? nk : clamp(at + least(d.right, kFar) + 1 - first, begin, nk);
@@ -152,27 +180,100 @@ struct DecodeUnit {
       store(s + j, x);
       top = max(x, top);
     }
-    Real lanes[kWidth];
-    store(lanes, top);
-    Real best = lanes[0];
-    for (int n = 1; n < kWidth; ++n) best = lanes[n] > best ? lanes[n] : best;
-    const int64_t stride = partials.stride;
-    Real &m = out[stride - kWidth], &l = out[stride - kWidth + 1];
+    return top;
+  }
+
+  // A row's scores to exponentials, with its earlier sums in `out`. Returns their sums.
+  ATTN_INLINE Vec exponentials(Real best, int64_t nk, Real* s, Real* out) const {
+    const int64_t wide = partials.stride - kWidth;
+    Real &m = out[wide], &l = out[wide + 1];
     if (best > m + kSlack) {
-      const Vec before = set(m), f = select(less(nothing, before), exp_of(sub(before, set(best))), zero());
-      for (int64_t x = 0; x < stride - kWidth; x += kWidth) store(out + x, mul(load(out + x), f));
+      const Vec before = set(m), shrink = exp_of(sub(before, set(best)));
+      const Vec f = select(less(set(-kInfinity), before), shrink, zero());
+      for (int64_t x = 0; x < wide; x += kWidth) store(out + x, mul(load(out + x), f));
+      Real lanes[kWidth];
       store(lanes, f);
       l *= lanes[0];
       m = best;
     }
     const Vec shift = finite_shift(set(m));
     Vec total = zero();
-    for (int64_t j = 0; j < padded; j += kWidth) {
+    for (int64_t j = 0; j < nk; j += kWidth) {
       const Vec e = exp_of(sub(load(s + j), shift));
       store(s + j, e);
       total = add(total, e);
     }
-    l += sum(total);
+    return total;
+  }
+
+  // Of as many rows at once as a vector has lanes: what goes across lanes is done for all of them together.
+  ATTN_INLINE void soften(int64_t b, int64_t kv_head, int64_t first, int64_t nk, Real* s, Real* out) const {
+    const int64_t group = d.Hq / d.Hkv;
+    for (int64_t r0 = 0; r0 < partials.rows; r0 += kWidth) {
+      const int64_t n = least<int64_t>(kWidth, partials.rows - r0);
+      Vec x[kWidth];
+      Real of_row[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const int64_t r = r0 + i;
+        x[i] = i < n ? finish_scores(b, kv_head * group + r / d.L, r % d.L, first, nk, s + r * kSpan)
+                     : set(-kInfinity);
+      }
+      store(of_row, maxima(x));
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const int64_t r = r0 + i;
+        x[i] = i < n ? exponentials(of_row[i], nk, s + r * kSpan, out + r * partials.stride) : zero();
+      }
+      store(of_row, sums(x));
+      for (int64_t i = 0; i < n; ++i) out[(r0 + i + 1) * partials.stride - kWidth + 1] += of_row[i];
+    }
+  }
+
+  // Passes over the keys of a step, by 4, 2 or 1 rows each.
+  ATTN_INLINE int64_t passes() const { return partials.rows / 4 + partials.rows / 2 % 2 + partials.rows % 2; }
+
+  // Scores of kWidth keys of a span, from its key j on.
+  ATTN_INLINE void multiply_keys(const DecodeSpace& w, int64_t j) const {
+    int64_t r = 0, pass = 0;
+    for (; r + 3 < partials.rows; r += 4) multiply_keys<4>(w, j, r, pass++);
+    for (; r + 1 < partials.rows; r += 2) multiply_keys<2>(w, j, r, pass++);
+    if (r < partials.rows) multiply_keys<1>(w, j, r, pass);
+  }
+  template <int R>
+  ATTN_INLINE void multiply_keys(const DecodeSpace& w, int64_t j, int64_t r, int64_t pass) const {
+    const int64_t stride = round_up(d.D, kWidth);
+    dot_rows<R, T>(w.q + r * stride, stride, w.k + j, d.D, w.s + r * kSpan + j,
+                   Meanwhile(w.k + j + rows_ahead(d.D), d.D * kBytes, pass, pass + 1, passes()));
+  }
+
+  // What nk <= kWidth keys of the span before add to the sums, from its key j on.
+  ATTN_INLINE void multiply_values(const DecodeSpace& w, int64_t j, int64_t nk, Real* out) const {
+    int64_t r = 0, pass = 0;
+    for (; r + 3 < partials.rows; r += 4) multiply_values<4>(w, j, nk, r, pass++, out);
+    for (; r + 1 < partials.rows; r += 2) multiply_values<2>(w, j, nk, r, pass++, out);
+    if (r < partials.rows) multiply_values<1>(w, j, nk, r, pass, out);
+  }
+  template <int R>
+  ATTN_INLINE void multiply_values(const DecodeSpace& w, int64_t j, int64_t nk, int64_t r, int64_t pass,
+                                   Real* out) const {
+    constexpr int kMost = kSums / R < 8 ? kSums / R : 8;
+    int64_t x = 0;
+    for (; x + kMost * kWidth <= d.Dv; x += kMost * kWidth) add_columns<R, kMost>(w, j, nk, r, x, pass, out);
+    if constexpr (kMost > 4)
+      for (; x + 4 * kWidth <= d.Dv; x += 4 * kWidth) add_columns<R, 4>(w, j, nk, r, x, pass, out);
+    for (; x < d.Dv; x += kWidth) add_columns<R, 1>(w, j, nk, r, x, pass, out);
+  }
+  template <int R, int C>
+  ATTN_INLINE void add_columns(const DecodeSpace& w, int64_t j, int64_t nk, int64_t r, int64_t x,
+                               int64_t pass, Real* out) const {
+    const int64_t stride = partials.stride, at = pass * d.Dv + x;
+    add_values<R, C, T>(w.p + r * kSpan + j, w.v + j, nk, x, d.Dv, out + r * stride, stride,
+                        Meanwhile(w.v + j + rows_ahead(d.Dv), d.Dv * kBytes, at,
+                                  least(at + C * kWidth, (pass + 1) * d.Dv), passes() * d.Dv));
+  }
+
+  // Rows of `width` numbers that lie in kAheadBytes.
+  ATTN_INLINE int64_t rows_ahead(int64_t width) const {
+    return clamp(kAheadBytes / kBytes / most<int64_t>(1, width), 1, kLookahead);
   }
 
   void run(int64_t b, int64_t kv_head, int64_t chunk) const {
@@ -195,38 +296,21 @@ struct DecodeUnit {
       for (int64_t x = 0; x < d.D; x += kWidth)
         store(w.q + r * q_stride + x, mul(load_some(q + x, d.D - x), scale));
     }
-    const int64_t ahead_k = rows_ahead<T>(d.D), ahead_v = rows_ahead<T>(d.Dv);
-    for (int64_t first = begin; first < end; first += kSpan) {
-      const int64_t nk = least(kSpan, end - first);
-      for (int64_t j = 0; j < nk + kLookahead; ++j) {
-        const int64_t at = least(first + j, length - 1);
-        w.k[j] = key_row(d.k, b, kv_head, at);
-        w.v[j] = key_row(d.v, b, kv_head, at);
+    const int64_t step = rows < kManyRows ? kSpan : kWidth;
+    for (int64_t first = begin, before = 0; first < end || before > 0; first += kSpan) {
+      const int64_t nk = clamp(end - first, 0, kSpan);
+      if (nk > 0) find(d.k, b, kv_head, first, length, w.k);
+      if (before > 0) find(d.v, b, kv_head, first - kSpan, length, w.v);
+      for (int64_t j0 = 0; j0 < most(nk, before); j0 += step) {
+        for (int64_t j = j0; j < least(nk, j0 + step); j += kWidth) multiply_keys(w, j);
+        for (int64_t j = j0; j < least(before, j0 + step); j += kWidth)
+          multiply_values(w, j, least<int64_t>(kWidth, before - j), out);
       }
-      int64_t r = 0;
-      for (; r + 3 < rows; r += 4)
-        dot_rows<4, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      for (; r + 1 < rows; r += 2)
-        dot_rows<2, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      if (r < rows)
-        dot_rows<1, T>(r == 0 ? ahead_k : 0, w.q + r * q_stride, q_stride, w.k, nk, d.D, w.s + r * kSpan);
-      for (r = 0; r < rows; ++r)
-        soften(b, kv_head * group + r / d.L, r % d.L, first, nk, w.s + r * kSpan, out + r * stride);
-      int64_t j = 0;
-      for (; j + 3 < nk; j += 4) {
-        for (int64_t i = 0; i < 4; ++i)
-          Ahead(static_cast<const T*>(w.v[j + i + ahead_v]), 0, d.Dv).fetch_far();
-        r = 0;
-        if constexpr (kRows * kCols > 16)  // with fewer registers they would be spilled
-          for (; r + 3 < rows; r += 4)
-            add_values<4, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
-        for (; r + 1 < rows; r += 2)
-          add_values<2, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
-        if (r < rows) add_values<1, 4, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
-      }
-      for (; j < nk; ++j)
-        for (r = 0; r < rows; ++r)
-          add_values<1, 1, T>(w.s + r * kSpan + j, w.v + j, d.Dv, out + r * stride, stride);
+      if (nk > 0) soften(b, kv_head, first, nk, w.s, out);
+      Real* s = w.s;
+      w.s = w.p;
+      w.p = s;
+      before = nk;
     }
   }
 

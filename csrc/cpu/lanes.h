@@ -17,7 +17,8 @@
 //
 //   fraction(x) is x - floor(x), and times_power(x, y) is x 2^floor(y), of a set that defines ATTN_POWERS
 //
-//   transpose      kWidth vectors; true_bytes: 64 bytes to 64 bits; at_least: words to bits
+//   transpose      kWidth vectors; sums: of vector i across its lanes, in lane i; true_bytes: 64 bytes to 64
+//   bits; at_least: words to bits
 //
 // One that multiplies pairs also defines ATTN_PAIRS and what operands.h takes for its cells; one whose
 // products are of tiles ATTN_TILES and kDepth besides (product_amx.h).

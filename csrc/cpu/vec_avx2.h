@@ -90,6 +90,13 @@ ATTN_INLINE void transpose(Vec (&r)[kWidth]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+ATTN_INLINE Vec sums(Vec (&r)[kWidth]) {
+  ATTN_UNROLL
+  for (int n = 4; n > 1; n /= 2) ATTN_UNROLL
+  for (int i = 0; i < n; ++i) r[i] = _mm256_hadd_ps(r[2 * i], r[2 * i + 1]);
+  return add(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
+}
+
 ATTN_INLINE Words words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 ATTN_INLINE Words load_words(const uint32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

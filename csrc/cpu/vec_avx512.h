@@ -94,6 +94,24 @@ ATTN_INLINE void transpose(Vec (&r)[kWidth]) {
   }
 }
 
+// Vectors are added as they are transposed, which halves them at each step.
+ATTN_INLINE Vec sums(Vec (&r)[kWidth]) {
+  ATTN_UNROLL
+  for (int i = 0; i < 8; ++i)
+    r[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+  ATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+    r[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  ATTN_UNROLL
+  for (int n = 2; n > 0; n /= 2) ATTN_UNROLL
+  for (int i = 0; i < n; ++i)
+    r[i] = add(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88),
+               _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xdd));
+  return r[0];
+}
+
 ATTN_INLINE Words words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 ATTN_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
 ATTN_INLINE Words exclusive_or(Words a, Words b) { return _mm512_xor_si512(a, b); }

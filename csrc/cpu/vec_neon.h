@@ -62,6 +62,8 @@ ATTN_INLINE void transpose(Vec (&r)[kWidth]) {
   r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 
+ATTN_INLINE Vec sums(Vec (&r)[kWidth]) { return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3])); }
+
 ATTN_INLINE Words words(uint32_t x) { return vdupq_n_u32(x); }
 ATTN_INLINE Words load_words(const uint32_t* p) { return vld1q_u32(p); }
 ATTN_INLINE Words exclusive_or(Words a, Words b) { return veorq_u32(a, b); }

@@ -165,6 +165,12 @@ ATTN_INLINE void transpose(Vec (&r)[kWidth]) {
     }
 }
 
+ATTN_INLINE Vec sums(Vec (&r)[kWidth]) {
+  Vec total;
+  ATTN_EACH total.x[i] = sum(r[i]);
+  return total;
+}
+
 ATTN_INLINE Words words(uint32_t x) {
   Words r;
   ATTN_EACH r.x[i] = x;
