@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
         "cpu": _processor(),
         "threads": torch.get_num_threads(),
         "isa": native.isa if native.load() is None else None,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
     }
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
