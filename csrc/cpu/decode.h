@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kChunk = 1024, kSpan = 256;  // keys per unit, and per softmax
 // Rows are fetched this many bytes ahead, of at most so many rows: the prefetcher stops at each page.
 constexpr int64_t kAheadBytes = 6 * 1024, kLookahead = 24;
-constexpr int64_t kManyRows = 3;  // K and V take turns often; below, where arithmetic is little, span by span
+constexpr int64_t kStep = 16;     // keys by which K and V take turns: whole vectors in every set
+constexpr int64_t kManyRows = 3;  // with fewer there is little arithmetic, and they take turns span by span
 constexpr int kSums = kRows * kCols > 16 ? 16 : 8;  // vectors of sums in registers, beside what makes them
 
 // What a chunk leaves per row: the sum of exp(s - m) v, then m and l.
@@ -245,7 +246,7 @@ struct DecodeUnit {
                    Meanwhile(w.k + j + rows_ahead(d.D), d.D * kBytes, pass, pass + 1, passes()));
   }
 
-  // What nk <= kWidth keys of the span before add to the sums, from its key j on.
+  // What nk <= kStep keys of the span before add to the sums, from its key j on.
   ATTN_INLINE void multiply_values(const DecodeSpace& w, int64_t j, int64_t nk, Real* out) const {
     int64_t r = 0, pass = 0;
     for (; r + 3 < partials.rows; r += 4) multiply_values<4>(w, j, nk, r, pass++, out);
@@ -296,15 +297,15 @@ struct DecodeUnit {
       for (int64_t x = 0; x < d.D; x += kWidth)
         store(w.q + r * q_stride + x, mul(load_some(q + x, d.D - x), scale));
     }
-    const int64_t step = rows < kManyRows ? kSpan : kWidth;
+    const int64_t step = rows < kManyRows ? kSpan : kStep;
     for (int64_t first = begin, before = 0; first < end || before > 0; first += kSpan) {
       const int64_t nk = clamp(end - first, 0, kSpan);
       if (nk > 0) find(d.k, b, kv_head, first, length, w.k);
       if (before > 0) find(d.v, b, kv_head, first - kSpan, length, w.v);
       for (int64_t j0 = 0; j0 < most(nk, before); j0 += step) {
         for (int64_t j = j0; j < least(nk, j0 + step); j += kWidth) multiply_keys(w, j);
-        for (int64_t j = j0; j < least(before, j0 + step); j += kWidth)
-          multiply_values(w, j, least<int64_t>(kWidth, before - j), out);
+        for (int64_t j = j0; j < least(before, j0 + step); j += kStep)
+          multiply_values(w, j, least(kStep, before - j), out);
       }
       if (nk > 0) soften(b, kv_head, first, nk, w.s, out);
       Real* s = w.s;
