@@ -136,13 +136,15 @@ def visits(
     found: dict[Work, Result] = {}
     for _ in range(VISITS):
         for work in works:
-            ready = lineup(work, who)  # made anew: the data of all works together might not fit
-            known = found[work].rows if work in found else ()
-            who_runs = ready.contenders, ready.runs, ready.check
-            rows = race(*who_runs, timer, seconds / VISITS, ROUNDS_OF_VISIT, known)
-            found[work] = Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
+            found[work] = _visit(work, timer, seconds / VISITS, who, found[work].rows if work in found else ())
             advance(str(work))
         yield [found[work] for work in works]
+
+
+def _visit(work: Work, timer: Timer, seconds: float, who: Who, known: Sequence[Row]) -> Result:
+    ready = lineup(work, who)  # made anew, and gone afterwards: the data of all works together might not fit
+    rows = race(ready.contenders, ready.runs, ready.check, timer, seconds, ROUNDS_OF_VISIT, known)
+    return Result(work, ready.cost.flops, ready.cost.bytes, rows, ready.absent)
 
 
 def race(
@@ -174,10 +176,9 @@ def race(
                 if not known:
                     row.memory = timer.memory(run)
                 _warm_up(timer, ready[c.name], 1 if known else WARM_UPS)
-        except AssertionError as error:
-            row.problem, row.wrong = str(error), True
         except Exception as error:  # a kernel that refuses a shape is an answer too, and the others go on
-            row.problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            row.wrong = isinstance(error, AssertionError) and not known
+            row.problem = str(error) if row.wrong else " ".join(f"{type(error).__name__}: {error}".split())[:300]
             row.ms.clear()
     alive = [c for c in found if not rows[c.name].problem]
     start, n = timer.now(), 0

@@ -108,6 +108,8 @@ def test_works_are_visited_in_turns_and_checked_once(monkeypatch: pytest.MonkeyP
         def prepare(name: str) -> Callable[[], object]:
             if name == "weak" and visit == 2:
                 raise MemoryError("no room")
+            if name == "broken" and visit == 2:
+                raise AssertionError("an internal one")
             return lambda: None
 
         def check(c: Contender) -> float:
@@ -116,7 +118,7 @@ def test_works_are_visited_in_turns_and_checked_once(monkeypatch: pytest.MonkeyP
                 raise AssertionError("off by one")
             return 0.5
 
-        names = ("sound", "weak", "wrong")
+        names = ("sound", "weak", "wrong", "broken")
         found = [Contender(name, lambda: torch.ones(1)) for name in names]
         runs = {name: (lambda name=name: prepare(name)) for name in names}
         return harness.Lineup(found, runs, check, work.Cost(1, 1), {})
@@ -126,14 +128,15 @@ def test_works_are_visited_in_turns_and_checked_once(monkeypatch: pytest.MonkeyP
     *_, results = harness.visits(works, FakeTimer(), 0.0, advance=told.append)  # type: ignore[arg-type]
     assert [e for e in events if e.startswith("visit")] == ["visit attention", "visit module"] * harness.VISITS
     assert sorted(e for e in events if e.startswith("check")) == sorted(
-        f"check {name} {kind}" for name in ("sound", "weak", "wrong") for kind in ("attention", "module")
+        f"check {name} {kind}" for name in ("sound", "weak", "wrong", "broken") for kind in ("attention", "module")
     )
     assert told == [str(w) for w in works] * harness.VISITS
     assert [r.work for r in results] == works
     for result in results:
-        sound, weak, wrong = result.rows
+        sound, weak, wrong, broken = result.rows
         assert len(sound.ms) == harness.VISITS * harness.ROUNDS_OF_VISIT[0]
         assert (weak.ms, weak.problem, weak.wrong) == ([], "MemoryError: no room", False)
+        assert (broken.ms, broken.problem, broken.wrong) == ([], "AssertionError: an internal one", False)
         assert (wrong.ms, wrong.problem, wrong.wrong) == ([], "off by one", True)
 
 

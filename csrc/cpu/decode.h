@@ -113,14 +113,15 @@ ATTN_INLINE void dot_rows(const Real* q, int64_t q_stride, const void* const* k,
   }
 }
 
-// out[r] += sum over nk keys of p[r][j] v[j], for R rows and C vectors of columns from d on.
+// out[r] += sum over nk keys of p[r][j] v[j], for R rows and C vectors of columns from d on. The sums go on
+// from what is there: beside it products below the normal numbers are lost, and alone they would be slow.
 template <int R, int C, class T>
 ATTN_INLINE void add_values(const Real* p, const void* const* v, int64_t nk, int64_t d, int64_t width,
                             Real* out, int64_t stride, const Meanwhile& other) {
   Vec total[R][C];
   ATTN_UNROLL
   for (int r = 0; r < R; ++r) ATTN_UNROLL
-  for (int c = 0; c < C; ++c) total[r][c] = zero();
+  for (int c = 0; c < C; ++c) total[r][c] = load(out + r * stride + d + c * kWidth);
   for (int64_t j = 0; j < nk; ++j) {
     const T* value = static_cast<const T*>(v[j]) + d;
     other.fetch(j);
@@ -136,10 +137,7 @@ ATTN_INLINE void add_values(const Real* p, const void* const* v, int64_t nk, int
   }
   ATTN_UNROLL
   for (int r = 0; r < R; ++r) ATTN_UNROLL
-  for (int c = 0; c < C; ++c) {
-    Real* at = out + r * stride + d + c * kWidth;
-    store(at, add(load(at), total[r][c]));
-  }
+  for (int c = 0; c < C; ++c) store(out + r * stride + d + c * kWidth, total[r][c]);
 }
 
 template <class T>

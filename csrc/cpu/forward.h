@@ -132,7 +132,8 @@ struct Forward {
   void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real factor, Real* scores,
               Cell* columns) const {
     Rows64& r = *t.rows;
-    const auto find = [&] {
+    // Raises the maxima besides, which nobody reads after a second time.
+    const auto exponentiate = [&] {
       if (columns)
         exponentials<!kOneForm>(seen, t.live, nk, factor, r.m, r.l, scores, columns, r.maxima);
       else
@@ -144,7 +145,7 @@ struct Forward {
       // there.
       Real before[kQueries];
       memcpy(before, r.l, sizeof before);
-      find();
+      exponentiate();
       r.scale_maxima(t.live, factor);
       if (!r.must_move(t.live)) return;
       memcpy(r.l, before, sizeof before);
@@ -153,7 +154,7 @@ struct Forward {
       r.scale_maxima(t.live, factor);
     }
     if (r.move(t.live) && !t.first) scale_sums(r.factor, t.live, p.Dv, t.out);
-    find();
+    exponentiate();
   }
 
   void run(const Sequence& s, int64_t head, int64_t n, ForwardSpace& w) const {

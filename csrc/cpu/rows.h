@@ -71,10 +71,6 @@ struct Ahead {
     for (int64_t r = begin; r < end; ++r)
       for (int64_t at = 0; at < bytes; at += 64) ATTN_PREFETCH(data + r * stride + at);
   }
-  // One row that is wanted later than the next few.
-  ATTN_INLINE void fetch_far() const {
-    for (int64_t at = 0; at < bytes; at += 64) ATTN_PREFETCH_FAR(data + at);
-  }
 };
 
 }  // namespace

@@ -68,13 +68,13 @@ inline float reduce_add_ps(simde__m512 x) {
   return t[0];
 }
 
-// x - floor(x), which is all that is asked of it; 0 for infinities.
+// The floor, which is all that is asked of it.
 template <int rounding>
-inline simde__m512 reduce_ps(simde__m512 x) {
+inline simde__m512 roundscale_ps(simde__m512 x) {
   static_assert(rounding == 1, "towards minus infinity");
   float t[16];
   memcpy(t, &x, sizeof t);
-  for (float& y : t) y = isinf(y) ? 0 : y - floorf(y);
+  for (float& y : t) y = floorf(y);
   memcpy(&x, t, sizeof t);
   return x;
 }
@@ -172,8 +172,8 @@ inline void tile_product(int to, int a, int b) {
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle_f32x4<(which)>(a, b)
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
-#undef _mm512_reduce_ps
-#define _mm512_reduce_ps(x, rounding) emulated::reduce_ps<(rounding)>(x)
+#undef _mm512_roundscale_ps
+#define _mm512_roundscale_ps(x, rounding) emulated::roundscale_ps<(rounding)>(x)
 #undef _mm512_maskz_scalef_ps
 #define _mm512_maskz_scalef_ps emulated::maskz_scalef_ps
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
