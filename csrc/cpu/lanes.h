@@ -67,12 +67,12 @@ ATTN_INLINE Vec tanh_of(Vec x) { return tangent(x); }
 // e^x for x up to 88, by a minimax polynomial for 2^f on [0, 1), exactly 1 at 0: relative error 8.3e-8 before
 // rounding; 0 below -87.3; NaN stays.
 ATTN_INLINE Vec exp_of(Vec x) {
-  const Vec log2e = set(1.44269504f), n = whole(mul(x, log2e)), f = fma(x, log2e, sub(zero(), n));
-  Vec p = fma(set(0.00186713f), f, set(0.00901703f));
-  p = fma(p, f, set(0.05579991f));
-  p = fma(p, f, set(0.24016445f));
-  p = fma(p, f, set(0.69315131f));
-  return times_power(fma(p, f, set(1.f)), n);
+  const Vec log2e = set(1.44269504f), n = whole(mul(x, log2e)), minus_f = nfma(x, log2e, n);
+  Vec p = fma(set(-0.00186713f), minus_f, set(0.00901703f));
+  p = fma(p, minus_f, set(-0.05579991f));
+  p = fma(p, minus_f, set(0.24016445f));
+  p = fma(p, minus_f, set(-0.69315131f));
+  return times_power(fma(p, minus_f, set(1.f)), n);
 }
 #else
 // e^x for x up to 88; 0 below -87.7; NaN stays. n = round(x / ln 2), and a minimax polynomial for 2^f, |f| <=
