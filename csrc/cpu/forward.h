@@ -131,30 +131,14 @@ struct Forward {
   // Scores to exponentials (in `columns`, where given), and what was summed up before to their shift.
   void soften(ForwardTile& t, int64_t nk, const uint64_t* seen, Real factor, Real* scores,
               Cell* columns) const {
-    Rows64& r = *t.rows;
-    // Raises the maxima besides, which nobody reads after a second time.
-    const auto exponentiate = [&] {
-      if (columns)
-        exponentials<!kOneForm>(seen, t.live, nk, factor, r.m, r.l, scores, columns, r.maxima);
-      else
-        exponentials(seen, t.live, nk, factor, r.m, r.l, scores);
-    };
-    r.reset_maxima(t.live);
-    if (columns && !t.first) {
-      // A shift seldom moves: the maxima are found on the way, and where one does, the scores are still
-      // there.
-      Real before[kQueries];
-      memcpy(before, r.l, sizeof before);
-      exponentiate();
-      r.scale_maxima(t.live, factor);
-      if (!r.must_move(t.live)) return;
-      memcpy(r.l, before, sizeof before);
-    } else {
-      raise_maxima(scores, t.live, nk, r.maxima);
-      r.scale_maxima(t.live, factor);
-    }
-    if (r.move(t.live) && !t.first) scale_sums(r.factor, t.live, p.Dv, t.out);
-    exponentiate();
+    t.rows->reset_maxima(t.live);
+    raise_maxima(scores, t.live, nk, t.rows->maxima);
+    t.rows->scale_maxima(t.live, factor);
+    if (t.rows->move(t.live) && !t.first) scale_sums(t.rows->factor, t.live, p.Dv, t.out);
+    if (columns)
+      exponentials<!kOneForm>(seen, t.live, nk, factor, t.rows->m, t.rows->l, scores, columns);
+    else
+      exponentials(seen, t.live, nk, factor, t.rows->m, t.rows->l, scores);
   }
 
   void run(const Sequence& s, int64_t head, int64_t n, ForwardSpace& w) const {

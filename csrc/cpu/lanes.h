@@ -15,8 +15,6 @@
 //
 //   max(a, b)      b where a or b is NaN: running maxima stand second, so that a NaN score is passed over
 //
-//   whole(x) is floor(x), and times_power(x, n) is x 2^n, of a set that defines ATTN_POWERS
-//
 //   transpose      kWidth vectors; sums: of vector i across its lanes, in lane i; true_bytes: 64 bytes to 64
 //   bits; at_least: words to bits
 //
@@ -63,18 +61,6 @@ ATTN_INLINE Vec multiply_add(Cells a, Cells b, Vec c) { return fma(a, b, c); }
 ATTN_INLINE Vec exp_of(Vec x) { return exponential(x); }
 ATTN_INLINE Vec tanh_of(Vec x) { return tangent(x); }
 #else
-#ifdef ATTN_POWERS
-// e^x for x up to 88, by a minimax polynomial for 2^f on [0, 1), exactly 1 at 0: relative error 8.3e-8 before
-// rounding; 0 below -87.3; NaN stays.
-ATTN_INLINE Vec exp_of(Vec x) {
-  const Vec log2e = set(1.44269504f), n = whole(mul(x, log2e)), minus_f = nfma(x, log2e, n);
-  Vec p = fma(set(-0.00186713f), minus_f, set(0.00901703f));
-  p = fma(p, minus_f, set(-0.05579991f));
-  p = fma(p, minus_f, set(0.24016445f));
-  p = fma(p, minus_f, set(-0.69315131f));
-  return times_power(fma(p, minus_f, set(1.f)), n);
-}
-#else
 // e^x for x up to 88; 0 below -87.7; NaN stays. n = round(x / ln 2), and a minimax polynomial for 2^f, |f| <=
 // 1/2: relative error 9.2e-8 before rounding, and exactly 1 at 0.
 ATTN_INLINE Vec exp_of(Vec x) {
@@ -89,7 +75,6 @@ ATTN_INLINE Vec exp_of(Vec x) {
   p = fma(p, f, set(1.f));
   return mul(p, power_of_two(t));
 }
-#endif
 
 // By exp, and near 0, where that would cancel, by an odd minimax polynomial (relative error 3e-9 below 0.6).
 ATTN_INLINE Vec tanh_of(Vec x) {

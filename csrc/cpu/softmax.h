@@ -25,17 +25,13 @@ struct Rows64 {
   ATTN_INLINE void scale_maxima(int64_t nq, Real by) {
     for (int64_t c = 0; c < nq; c += kWidth) store(maxima + c, mul(load(maxima + c), set(by)));
   }
-  // Whether the maxima of a new tile ask for other shifts.
-  ATTN_INLINE bool must_move(int64_t nq) const {
-    bool must = false;
-    for (int64_t c = 0; c < nq; c += kWidth)
-      must = must || any(less(add(load(m + c), set(kSlack)), load(maxima + c)));
-    return must;
-  }
   // Takes the maxima of a new tile in; true where a shift moved, and then `factor` is what older sums shrink
   // by.
   ATTN_INLINE bool move(int64_t nq) {
-    if (!must_move(nq)) return false;
+    bool moved = false;
+    for (int64_t c = 0; c < nq; c += kWidth)
+      moved = moved || any(less(add(load(m + c), set(kSlack)), load(maxima + c)));
+    if (!moved) return false;
     for (int64_t c = 0; c < nq; c += kWidth) {
       const Vec before = load(m + c), now = max(load(maxima + c), before);
       const Vec shrink = exp_of(sub(before, now));
@@ -58,14 +54,13 @@ ATTN_INLINE Vec softened(Vec s, Vec factor, Vec minus_shift) { return exp_of(fma
 // errors.
 template <int N, bool kAsCells>
 ATTN_INLINE void exponentials(const uint64_t* seen, int64_t c, int64_t nk, Real factor, const Real* m,
-                              Real* l, Real* s, Cell* columns, Real* maxima) {
-  Vec minus_shift[N], total[N], most_of[N];
+                              Real* l, Real* s, Cell* columns) {
+  Vec minus_shift[N], total[N];
   const Vec times = set(factor);
   ATTN_UNROLL
   for (int v = 0; v < N; ++v) {
     minus_shift[v] = sub(zero(), finite_shift(load(m + c + v * kWidth)));
     total[v] = zero();
-    if (kAsCells) most_of[v] = load(maxima + c + v * kWidth);
   }
   const auto write = [&](const Vec* e, int n, int64_t j, int v) {
     if constexpr (kAsCells) {
@@ -87,11 +82,8 @@ ATTN_INLINE void exponentials(const uint64_t* seen, int64_t c, int64_t nk, Real 
     for (int v = 0; v < N; ++v) {
       Vec e[4];
       ATTN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Vec x = load(at + i * kQueries + v * kWidth);
-        e[i] = softened(x, times, minus_shift[v]);
-        if (kAsCells) most_of[v] = max(x, most_of[v]);
-      }
+      for (int i = 0; i < 4; ++i)
+        e[i] = softened(load(at + i * kQueries + v * kWidth), times, minus_shift[v]);
       write(e, 4, j, v);
       total[v] = add(total[v], add(add(e[0], e[1]), add(e[2], e[3])));
     }
@@ -100,29 +92,23 @@ ATTN_INLINE void exponentials(const uint64_t* seen, int64_t c, int64_t nk, Real 
     for (int v = 0; v < N; ++v) {
       Vec e[3];
       for (int i = 0; i < rest; ++i) {
-        const Vec x = load(s + (j + i) * kQueries + c + v * kWidth);
-        e[i] = softened(x, times, minus_shift[v]);
-        if (kAsCells) most_of[v] = max(x, most_of[v]);
+        e[i] = softened(load(s + (j + i) * kQueries + c + v * kWidth), times, minus_shift[v]);
         total[v] = add(total[v], e[i]);
       }
       write(e, rest, j, v);
     }
   ATTN_UNROLL
-  for (int v = 0; v < N; ++v) {
-    store(l + c + v * kWidth, add(load(l + c + v * kWidth), total[v]));
-    if (kAsCells) store(maxima + c + v * kWidth, most_of[v]);
-  }
+  for (int v = 0; v < N; ++v) store(l + c + v * kWidth, add(load(l + c + v * kWidth), total[v]));
 }
 
-// s becomes exp(s factor - m), or, where `columns` are given, those become what columns_of makes of that, and
-// maxima are raised to those of s; l grows by its sums.
+// s becomes exp(s factor - m), or, where `columns` are given, those become what columns_of makes of that; l
+// grows by its sums.
 template <bool kAsCells = false>
 ATTN_NOINLINE void exponentials(const uint64_t* seen, int64_t nq, int64_t nk, Real factor, const Real* m,
-                                Real* l, Real* s, Cell* columns = nullptr, Real* maxima = nullptr) {
+                                Real* l, Real* s, Cell* columns = nullptr) {
   int64_t c = 0;
-  for (; c + kWidth < nq; c += 2 * kWidth)
-    exponentials<2, kAsCells>(seen, c, nk, factor, m, l, s, columns, maxima);
-  if (c < nq) exponentials<1, kAsCells>(seen, c, nk, factor, m, l, s, columns, maxima);
+  for (; c + kWidth < nq; c += 2 * kWidth) exponentials<2, kAsCells>(seen, c, nk, factor, m, l, s, columns);
+  if (c < nq) exponentials<1, kAsCells>(seen, c, nk, factor, m, l, s, columns);
   if (kAsCells) end_columns(nk, columns);
 }
 

@@ -53,11 +53,9 @@ ATTN_INLINE Lanes less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_O
 ATTN_INLINE Vec select(Lanes m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b, a); }
 ATTN_INLINE bool any(Lanes m) { return m != 0; }
 ATTN_INLINE Lanes lanes_of(uint64_t bits) { return static_cast<Lanes>(bits); }
-#define ATTN_POWERS
-ATTN_INLINE Vec whole(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF); }
-// 0 below 2^-126, where the instruction would take hundreds of cycles.
-ATTN_INLINE Vec times_power(Vec x, Vec n) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set(-126.f), _CMP_NLT_UQ), x, n);
+// The bits of 2^n where x + (2^23 * 1.5 + 127) has rounded x to n.
+ATTN_INLINE Vec power_of_two(Vec t) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
 }
 
 ATTN_INLINE float sum(Vec x) { return _mm512_reduce_add_ps(x); }

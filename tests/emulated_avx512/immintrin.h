@@ -5,7 +5,6 @@
 #include_next <immintrin.h>
 // The order matters: SIMDe takes what is included above for the intrinsics that the CPU has.
 #define SIMDE_ENABLE_NATIVE_ALIASES
-#include <math.h>
 #include <simde/x86/avx512.h>
 #include <string.h>
 
@@ -66,26 +65,6 @@ inline float reduce_add_ps(simde__m512 x) {
   for (int n = 8; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) t[i] += t[i + n];
   return t[0];
-}
-
-// The floor, which is all that is asked of it.
-template <int rounding>
-inline simde__m512 roundscale_ps(simde__m512 x) {
-  static_assert(rounding == 1, "towards minus infinity");
-  float t[16];
-  memcpy(t, &x, sizeof t);
-  for (float& y : t) y = floorf(y);
-  memcpy(&x, t, sizeof t);
-  return x;
-}
-// x 2^floor(y) where a lane is on, else 0.
-inline simde__m512 maskz_scalef_ps(simde__mmask16 on, simde__m512 x, simde__m512 y) {
-  float a[16], b[16];
-  memcpy(a, &x, sizeof a);
-  memcpy(b, &y, sizeof b);
-  for (int i = 0; i < 16; ++i) a[i] = !(on >> i & 1) ? 0 : isnan(b[i]) ? b[i] : a[i] * exp2f(floorf(b[i]));
-  memcpy(&x, a, sizeof a);
-  return x;
 }
 
 // As the instruction: to nearest even, a number below the normal ones is 0, a NaN is quiet.
@@ -172,10 +151,6 @@ inline void tile_product(int to, int a, int b) {
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle_f32x4<(which)>(a, b)
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
-#undef _mm512_roundscale_ps
-#define _mm512_roundscale_ps(x, rounding) emulated::roundscale_ps<(rounding)>(x)
-#undef _mm512_maskz_scalef_ps
-#define _mm512_maskz_scalef_ps emulated::maskz_scalef_ps
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #undef _tile_loadd
 #undef _tile_stored
